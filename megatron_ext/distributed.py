@@ -1,0 +1,146 @@
+"""A plan's parallel sizes as process groups; the only file that names Megatron's parallel_state."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_ext import device
+from megatron_ext.config.plan import TrainPlan
+from megatron_ext.errors import ConfigError
+
+TIMEOUT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in the plan, and Megatron's groups."""
+
+    plan: TrainPlan
+    collection: ProcessGroupCollection
+    rank: int
+    data_rank: int
+    tensor_rank: int
+    pipeline_rank: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipeline_rank == self.plan.pipeline - 1
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank's tensors."""
+        return device.current(self.plan.device)
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over data-parallel ranks, then hand the last pipeline stage's result to every stage."""
+        dist.all_reduce(values, group=self.collection.dp_cp)
+        if self.plan.pipeline > 1:
+            last = dist.get_process_group_ranks(self.collection.pp)[-1]
+            dist.broadcast(values, src=last, group=self.collection.pp)
+        return values
+
+
+def free_port() -> int:
+    """A port that is free now, for a group of one process that nobody else joins."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment_ranks() -> tuple[int, int]:
+    """(rank, world size) from torchrun's or Slurm's variables; (0, 1) without them."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
+
+
+@contextmanager
+def process_groups(plan: TrainPlan) -> Iterator[Groups]:
+    """Join the process group of the environment, lay the plan over it, and leave it at the end."""
+    rank, size = environment_ranks()
+    if size != plan.num_ranks:
+        raise ConfigError(
+            f"plan: {plan.nodes} node(s) x {plan.ranks_per_node} rank(s) = {plan.num_ranks} ranks, but {size} process(es) were started; "
+            f"start as many as the plan says, or change plan.nodes or plan.ranks_per_node"
+        )
+    own = not dist.is_initialized()
+    if own:
+        if size > 1 and "MASTER_ADDR" not in os.environ:
+            raise ConfigError(f"{size} processes were started without MASTER_ADDR and MASTER_PORT, so they cannot meet; set both")
+        method = None if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
+        timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
+        dist.init_process_group(device.backend(plan.device), init_method=method, rank=rank, world_size=size, timeout=timeout)
+    try:
+        yield lay_out(plan)
+    finally:
+        parallel_state.destroy_model_parallel()
+        if own:
+            dist.destroy_process_group()
+
+
+def lay_out(plan: TrainPlan) -> Groups:
+    """Make Megatron's groups for `plan` over the running process group."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=plan.tensor,
+        pipeline_model_parallel_size=plan.pipeline,
+        virtual_pipeline_model_parallel_size=plan.virtual_pipeline if plan.virtual_pipeline > 1 else None,
+        context_parallel_size=plan.context,
+        create_gloo_process_groups=True,  # the optimizer state is gathered on the host when a checkpoint is made
+    )
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return Groups(
+        plan=plan,
+        collection=collection,
+        rank=dist.get_rank(),
+        data_rank=collection.dp.rank(),
+        tensor_rank=collection.tp.rank(),
+        pipeline_rank=collection.pp.rank(),
+    )
+
+
+def seed_step(groups: Groups, seed: int, tokens: int) -> None:
+    """Set every random generator from (seed, tokens before the step, data rank).
+
+    The state is derived, not stored: a resumed step draws what it would have drawn, under any number
+    of earlier interruptions. Tensor-parallel ranks share one stream but inside the regions where
+    Megatron's tracker gives each its own.
+    """
+    data_index = groups.data_rank * groups.plan.pipeline + groups.pipeline_rank
+    digest = hashlib.sha256(f"{seed}/{tokens}/{data_index}".encode()).digest()
+    value = int.from_bytes(digest[:4], "big") % (2**31 - 1)
+    torch.manual_seed(value)
+    model_parallel_cuda_manual_seed(value, tp_rank=groups.tensor_rank, ep_rank=0, etp_rank=groups.tensor_rank, force_reset_rng=True)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def any_rank(flag: bool, groups: Groups) -> bool:
+    """Whether the flag is set on any rank of the stage."""
+    box = torch.tensor([int(flag)], dtype=torch.int32, device=groups.device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return bool(box.item())
