@@ -1,0 +1,1 @@
+"""Raw text to token batches: demo text, tokenizing, shards, and the loader that training reads."""
