@@ -1,0 +1,1 @@
+"""Models: a `ModelConfig` as Megatron-Core's GPTModel, and its weights."""
