@@ -1,0 +1,1 @@
+"""Checkpoints in Megatron's torch_dist layout: written aside, published whole, opened without running code."""

@@ -1,0 +1,141 @@
+"""Opening a torch_dist checkpoint without running code from it.
+
+Two places of the format are pickles that torch opens without a guard: `.metadata` and the byte
+entries inside `.distcp` files (Megatron's sharded objects, such as `_extra_state`); a third,
+`common.pt`, has one that an environment variable switches off. Here all go through allow-lists.
+`install` puts our reader, planner and loader where Megatron-Core looks for its own, so nothing in
+the process can load around them.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import megatron.core.dist_checkpointing.strategies.torch as megatron_torch
+import torch
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+from megatron_ext.errors import CheckpointError
+
+# Every class that torch's checkpoint metadata is made of, and no other.
+_METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool", "strided"},
+    "pathlib": {"PosixPath", "Path"},
+    "collections": {"OrderedDict"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, file: Any, path: Path) -> None:
+        super().__init__(file)
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _METADATA_CLASSES.get(module, ()):
+            raise CheckpointError(
+                f"{self._path}: refused: it asks for {module}.{name}, which no checkpoint metadata needs; nothing was run. "
+                f"The file was altered, or comes from a program that this one does not know: do not open it with torch either"
+            )
+        return super().find_class(module, name)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """A checkpoint's `.metadata`, through the allow-list; `CheckpointError` names a refused class."""
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file, path).load()
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{path}: holds a {type(metadata).__name__}, not checkpoint metadata; the file was altered")
+        for info in (metadata.storage_data or {}).values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise CheckpointError(f"{path}: points to a file outside the checkpoint: {info.relative_path!r}; it was altered")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; the checkpoint is not whole, use another one") from None
+    except CheckpointError:
+        raise
+    except Exception as cause:  # noqa: BLE001 - a damaged pickle raises anything, MemoryError too
+        raise CheckpointError(f"{path}: not readable: {_line(cause)}; the file is damaged, use another checkpoint") from None
+    return metadata
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `common.pt`, what of it is not sharded; `CheckpointError` names a refused class."""
+    path = folder / COMMON_STATE_FNAME
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; the checkpoint is not whole, use another one")
+    common: dict[str, Any] = _weights_only(path, str(path))
+    return common
+
+
+def _weights_only(source: Any, name: str) -> Any:
+    """A file or stream of `torch.save`, by torch's allow-list of plain values and tensors."""
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as cause:
+        # torch's inner error says what it refused, the outer one how to run it all the same.
+        raise CheckpointError(f"{name}: refused, nothing was run: {_line(cause.__context__ or cause)}; it was damaged or altered") from None
+
+
+def _line(cause: BaseException) -> str:
+    """The first line of an error's text; its name where it has none."""
+    return next(iter(str(cause).splitlines()), "") or type(cause).__name__
+
+
+class SafeReader(FileSystemReader):
+    """torch's file reader with a guarded `.metadata`, read once."""
+
+    def __init__(self, path: str | Path, cache_metadata: bool = False) -> None:
+        super().__init__(path)
+        del cache_metadata
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The guarded metadata; torch's own method is never called."""
+        del args, kwargs
+        if self._metadata is None:
+            self._metadata = read_metadata(Path(self.path))
+            if self._metadata.storage_meta is None:
+                self._metadata.storage_meta = StorageMeta()
+            self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+
+class SafeLoadPlanner(MCoreLoadPlanner):
+    """Megatron's load planner with guarded byte entries."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Read a byte entry by torch's weights-only allow-list."""
+        name = read_item.dest_index.fqn
+        entry = _weights_only(value, f"checkpoint entry '{name}'")
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], entry)
+        else:
+            self.state_dict[name] = entry
+
+
+def install() -> None:
+    """Make every load of this process go through the guards."""
+    megatron_torch._get_filesystem_reader = SafeReader
+    megatron_torch.MCoreLoadPlanner = SafeLoadPlanner
+    TorchCommonLoadStrategy.load_common = lambda self, checkpoint_dir: read_common(Path(checkpoint_dir))  # noqa: ARG005
