@@ -1,0 +1,179 @@
+"""The training stage: prepare, begin, loop, publish. The loop reads as the algorithm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from megatron_ext import device
+from megatron_ext.checkpoint import folder as folders
+from megatron_ext.checkpoint.save import Digests, save_checkpoint
+from megatron_ext.config.base import content_hash, to_json
+from megatron_ext.config.memory import pinned_steps
+from megatron_ext.config.schedule import learning_rate
+from megatron_ext.data.loader import HeldOut, Loader, heldouts
+from megatron_ext.data.prepare import Prepared, open_prepared, prepare
+from megatron_ext.distributed import Groups
+from megatron_ext.errors import TrainingError
+from megatron_ext.provenance import Manifest, code_hash
+from megatron_ext.runs import Attempt, Run
+from megatron_ext.training.hooks import Context, Hook, Hooks
+from megatron_ext.training.start import Began, begin, layout_of
+from megatron_ext.training.state import Progress, sharded_state
+from megatron_ext.training.step import StepResult, forward, train_step
+
+
+def train(run: Run, groups: Groups, attempt: Attempt, hooks: Iterable[Hook]) -> Progress:
+    """Train a stage from where it stands to its end; every rank calls this.
+
+    Raises `TrainingError` at a loss or gradient that is not finite, before the weights move.
+    """
+    prepared = _prepare_once(run, groups)
+    began = begin(run, groups, prepared)
+    loop = _Loop(run, groups, attempt, prepared, began, Hooks(hooks))
+    stage, progress = run.stage, began.progress
+    loop.event("start", progress)
+    if progress.step == 0:
+        loop.validate(progress)
+    batches = iter(loop.loader(progress.step))
+    while progress.step < stage.budget.steps:
+        started = time.perf_counter()
+        rate = learning_rate(stage.schedule, progress.tokens, stage.budget.tokens)
+        result = loop.step(next(batches), rate, progress)
+        progress = progress.advanced(stage.budget.tokens_per_batch)
+        loop.event("step", progress, loop.metrics(result, rate, progress, time.perf_counter() - started))
+        if progress.step % stage.plan.validate_every_steps == 0 or progress.step == stage.budget.steps:
+            loop.validate(progress)
+        if progress.step % stage.plan.save_every_steps == 0 or progress.step in loop.pinned:
+            loop.save(progress, rate)
+    loop.event("end", progress)
+    return progress
+
+
+@dataclass
+class _Loop:
+    """What the loop's verbs need and do not change."""
+
+    run: Run
+    groups: Groups
+    attempt: Attempt
+    prepared: Prepared
+    began: Began
+    hooks: Hooks
+
+    def __post_init__(self) -> None:
+        plan = self.run.stage.plan
+        self.peak = device.peak(plan.device, self.run.stage.precision)
+        self.heldouts: list[HeldOut] = heldouts(self.prepared)
+        self.flops_per_token = self.run.stage.model.flops_per_token(self.run.stage.budget.sequence_length)
+        self.pinned = set(pinned_steps(self.run.stage.budget, plan))
+        self._loader = self.loader(0)
+
+    def event(self, name: str, progress: Progress, *arguments: Any) -> None:
+        context = Context(self.run, self.attempt, self.groups, self.began.state, progress, self.began.how)
+        self.hooks.call(name, context, *arguments)
+
+    def loader(self, start_step: int) -> Loader:
+        plan = self.run.stage.plan
+        return Loader(
+            self.prepared,
+            micro_batch=plan.micro_batch,
+            data_parallel=plan.data_parallel,
+            data_rank=self.groups.data_rank,
+            start_step=start_step,
+            workers=plan.loader_workers,
+        )
+
+    def step(self, batches: list[Any], rate: float, progress: Progress) -> StepResult:
+        placed = [_place(batch, self.groups) for batch in batches]
+        try:
+            return train_step(self.began.state, placed, rate, self.run.stage.seed, progress.lineage_tokens)
+        except TrainingError as cause:
+            raise TrainingError(f"stage '{self.run.name}', step {progress.step + 1}: {cause}") from None
+
+    def metrics(self, result: StepResult, rate: float, progress: Progress, seconds: float) -> dict[str, Any]:
+        tokens = self.run.stage.budget.tokens_per_batch
+        flops = tokens * self.flops_per_token / seconds
+        all_ranks = None if self.peak.flops_per_second is None else self.peak.flops_per_second * self.run.stage.plan.num_ranks
+        return {
+            "loss": result.loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "tokens": progress.tokens,
+            "lineage_tokens": progress.lineage_tokens,
+            "valid_tokens": result.valid_tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "model_flops_per_second": flops,
+            "mfu": None if all_ranks is None else flops / all_ranks,
+            "samples_sha256": self._loader.samples_sha256(progress.step - 1),
+        }
+
+    def validate(self, progress: Progress) -> None:
+        state, plan = self.began.state, self.run.stage.plan
+        for chunk in state.wrapped:
+            chunk.eval()
+        records = []
+        for heldout in self.heldouts:
+            batches = [_place(b, self.groups) for b in heldout.batches(plan.micro_batch, plan.data_parallel, self.groups.data_rank)]
+            loss, count = forward(state, batches, backward=False)
+            seen = {"tokens": progress.tokens, "lineage_tokens": progress.lineage_tokens}
+            records.append({"source": heldout.source, "loss": loss, "valid_tokens": count, **seen})
+        self.event("validation", progress, records)
+
+    def save(self, progress: Progress, rate: float) -> None:
+        started = time.perf_counter()
+        pinned = progress.step in self.pinned
+        layout = layout_of(self.run, pinned)
+
+        def manifest(files: Digests) -> Manifest:
+            stage = self.run.stage
+            return Manifest(
+                stage=self.run.name,
+                graph=self.run.graph,
+                attempt=self.attempt.number,
+                iteration=progress.step,
+                tokens=progress.tokens,
+                lineage_tokens=progress.lineage_tokens,
+                learning_rate=rate,
+                science_hash=self.run.science_hash,
+                mixture_hash=content_hash(to_json(stage.mixture)),
+                tokenizer_hash=self.prepared.corpus.tokenizer_hash,
+                code_hash=code_hash(),
+                parent=self.began.parent,
+                ledger=self.prepared.ledger(progress.step),
+                optimizer_layout=layout,  # type: ignore[arg-type]
+                plan=to_json(stage.plan),
+                model=to_json(stage.model),
+                files=files,
+                pinned=pinned,
+            )
+
+        state = sharded_state(self.began.state, layout)
+        path = save_checkpoint(state, self.run.checkpoints_path, progress.step, self.attempt.number, manifest)
+        if self.groups.rank == 0:
+            folders.prune(self.run.checkpoints_path, self.run.stage.plan.keep_checkpoints)
+        self.event("checkpoint", progress, path, time.perf_counter() - started)
+
+
+def _prepare_once(run: Run, groups: Groups) -> Prepared:
+    """Rank 0 builds what is missing, then every rank opens it."""
+    if groups.rank == 0:
+        folders.remove_unpublished(run.checkpoints_path)
+        prepare(run)
+    dist.barrier()
+    return open_prepared(run)
+
+
+def _place(batch: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """A batch on this rank's device: its part under context parallelism, with the mask that the model expects (None: causal)."""
+    placed = {name: value.to(groups.device, non_blocking=True) for name, value in batch.items()}
+    placed.setdefault("attention_mask", None)
+    if groups.plan.context > 1:
+        placed = get_batch_on_this_cp_rank(placed, groups.collection.cp)
+    return placed
