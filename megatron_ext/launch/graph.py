@@ -1,0 +1,73 @@
+"""A recipe's value: named stages, and the edges that their fields spell out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_ext.config.base import config, from_json, nearest, override
+from megatron_ext.config.stages import Branch, Stage, TrainStage, Weights, inputs
+from megatron_ext.errors import ConfigError
+
+
+@config
+class Graph:
+    """Stages in an order in which they can run; `name` is the folder of their runs."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        seen: dict[str, Any] = {}
+        for stage in self.stages:
+            if stage.name in seen:
+                raise ConfigError(f"graph {self.name}: two stages are named '{stage.name}'")
+            for role, parent in inputs(stage).items():
+                if parent not in seen:
+                    raise ConfigError(
+                        f"graph {self.name}: stage '{stage.name}' reads '{parent}' as its {role}, "
+                        f"but no earlier stage has that name{nearest(parent, list(seen))}"
+                    )
+            if isinstance(stage, TrainStage) and isinstance(stage.start, Weights | Branch):
+                _check_start(self.name, stage, seen[stage.start.stage])
+            seen[stage.name] = stage
+
+    def stage(self, name: str) -> Any:
+        """The stage called `name`; `ConfigError` names the nearest one."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(f"graph {self.name}: no stage '{name}'{nearest(name, [s.name for s in self.stages])}")
+
+    def edges(self) -> list[tuple[str, str, str]]:
+        """(parent, child, role) of every edge."""
+        return [(parent, s.name, role) for s in self.stages for role, parent in inputs(s).items()]
+
+
+def _check_start(graph: str, stage: TrainStage, parent: Any) -> None:
+    start = stage.start
+    where = f"graph {graph}: stage '{stage.name}'"
+    if parent.kind == "convert" and isinstance(start, Branch):
+        raise ConfigError(f"{where} branches from '{parent.name}', a converted model without optimizer state; start it with Weights(...)")
+    if parent.kind not in ("train", "convert"):
+        raise ConfigError(f"{where} starts from '{parent.name}', a {parent.kind} stage, which has no checkpoints")
+    if parent.model != stage.model:
+        raise ConfigError(
+            f"{where} holds model {stage.model.name}, but its start '{parent.name}' holds {parent.model.name}, and they differ"
+        )
+    if isinstance(start, Weights | Branch) and start.tokens is not None:
+        if parent.kind == "convert":
+            raise ConfigError(f"{where}: tokens={start.tokens:,} of '{parent.name}', a converted model; leave tokens out")
+        parent.budget.step_at(start.tokens)
+
+
+def with_overrides(graph: Graph, assignments: list[str]) -> Graph:
+    """The graph after `stage.key=value` assignments, checked again as a whole."""
+    if not assignments:
+        return graph
+
+    def read(data: Any) -> Graph:
+        whole: Graph = from_json(Graph, data, "after the overrides " + " ".join(assignments))
+        return whole
+
+    stages = override(graph, [f"stages.{a}" for a in assignments], read)
+    return stages

@@ -1,0 +1,194 @@
+"""Runs a graph on this machine: one stage after another, each a process of its own, finished ones skipped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import psutil
+
+from megatron_ext.config.base import Json
+from megatron_ext.config.cluster import Cluster
+from megatron_ext.config.stages import inputs
+from megatron_ext.errors import LaunchError
+from megatron_ext.launch.graph import Graph
+from megatron_ext.launch.plan import plan_rows
+from megatron_ext.launch.ranks import thread_environment
+from megatron_ext.launch.tree import columns, progress
+from megatron_ext.launch.verbs import RUN_VERBS, STAGE_KINDS
+from megatron_ext.runs import Run, attempt_numbers, open_run, read_done, read_json, refuse_other_science, write_run
+
+LOG_LINES = 20
+GRACE_SECONDS = 40.0  # torchrun gives its ranks 30 s to stop before it kills them
+
+
+def launch_local(graph: Graph, runs_dir: Path, cluster: Cluster | None) -> None:
+    """Run every stage of `graph` that is not done, into `runs_dir/<graph>/<stage>`, and print what came of it.
+
+    Before anything is written or run: `LaunchError` where a stage's kind has no verb, `ConfigError` or
+    `DataError` where the plan cannot be carried out, `RunError` where a folder holds another recipe.
+    Later: `LaunchError` where a stage fails.
+    """
+    folder = runs_dir / graph.name
+    _check_kinds(graph)
+    plan_rows(graph, cluster)  # refuses what could not run as planned
+    _check_folders(graph, folder)
+    runs = [_write(graph, stage, folder, cluster) for stage in graph.stages]
+    for number, run in enumerate(runs, start=1):
+        line = f"[{number}/{len(runs)}] {run.name}: {run.stage.kind}"
+        if is_finished(run):
+            print(f"{line}, done before, skipped", flush=True)
+            continue
+        print(line, flush=True)
+        run_stage(run)
+    print(summary_text(runs), flush=True)
+
+
+def is_finished(run: Run) -> bool:
+    """Whether a stage need not run: it is done, and where it may be repeated (a report), not older than what it reads."""
+    if not run.is_done():
+        return False
+    mark = read_done(run)
+    if not RUN_VERBS[run.stage.kind].repeats:
+        return True
+    parents = [open_run(path) for path in run.inputs.values()]
+    return all(parent.is_done() and _time(read_done(parent)) <= _time(mark) for parent in parents)
+
+
+def _time(mark: Json) -> datetime:
+    return datetime.fromisoformat(mark["finished_at"])
+
+
+def _check_kinds(graph: Graph) -> None:
+    for stage in graph.stages:
+        if stage.kind not in STAGE_KINDS:
+            raise LaunchError(
+                f"graph {graph.name}: stage '{stage.name}' is of kind '{stage.kind}', which this version cannot run; "
+                f"it runs: {', '.join(STAGE_KINDS)}. Nothing was started"
+            )
+
+
+def _check_folders(graph: Graph, folder: Path) -> None:
+    hashes: dict[str, str] = {}
+    for stage in graph.stages:
+        hashes[stage.name] = refuse_other_science(folder / stage.name, stage, {r: hashes[p] for r, p in inputs(stage).items()})
+
+
+def _write(graph: Graph, stage: Any, folder: Path, cluster: Cluster | None) -> Run:
+    parents = {role: folder / parent for role, parent in inputs(stage).items()}
+    return write_run(folder / stage.name, graph.name, stage, parents, cluster)
+
+
+def run_stage(run: Run) -> None:
+    """Run one stage's verb in a process of its own; `LaunchError` with the end of its log where it fails.
+
+    The child has its own process group: a Ctrl-C reaches this process alone, which then stops the
+    child and all its ranks before it goes.
+    """
+    before = attempt_numbers(run.path)
+    command = [sys.executable, "-m", "megatron_ext", run.stage.kind, str(run.path)]
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in caught:  # what is ignored, as under nohup, stays ignored
+        signal.signal(number, _terminated)
+    try:
+        child = subprocess.Popen(command, env=_environment(run), stdin=subprocess.DEVNULL, process_group=0)
+        try:
+            code = child.wait()
+        except BaseException:
+            print(f"stopping stage '{run.name}' ...", file=sys.stderr, flush=True)
+            stop(child)
+            print(f"stage '{run.name}' was stopped; the same command goes on from here", file=sys.stderr, flush=True)
+            raise
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+    if code != 0:
+        raise LaunchError(_failure(run, code, before))
+    if not run.is_done():
+        raise LaunchError(f"stage '{run.name}' exited with 0 but left no DONE in {run.path}; this is a defect of its verb")
+
+
+def _environment(run: Run) -> dict[str, str]:
+    """This process's environment with pinned threads, and without another job's ranks."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
+    return {**{k: v for k, v in os.environ.items() if k not in ranks}, **thread_environment(run.stage)}
+
+
+def _terminated(signal_number: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signal_number)
+
+
+def stop(child: subprocess.Popen[bytes], grace_seconds: float = GRACE_SECONDS) -> None:
+    """End a child and all its descendants: SIGTERM, then SIGKILL for what is left after the grace.
+
+    torchrun puts its ranks into sessions of their own, so the group alone would miss them.
+    """
+    family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)] if child.poll() is None else []
+    if family:
+        os.killpg(child.pid, signal.SIGTERM)
+    try:
+        _, alive = psutil.wait_procs(family, timeout=grace_seconds)
+    except KeyboardInterrupt:  # asked twice: no more grace
+        alive = [process for process in family if process.is_running()]
+    for process in alive:
+        process.kill()
+    child.wait()
+
+
+def _failure(run: Run, code: int, before: list[int]) -> str:
+    """What is known of a failed stage: exit code, the end of its log, the rank that failed first, the way on."""
+    ended = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    lines = [f"stage '{run.name}' ended {ended}"]
+    attempts = [number for number in attempt_numbers(run.path) if number not in before]
+    if attempts:
+        lines += _attempt_lines(run.path / "attempts" / str(attempts[-1]), attempts[-1])
+    else:
+        lines.append("it ended before it began an attempt; what it printed above says why")
+    lines.append("Once the cause is removed, run the same command again: finished stages are skipped")
+    return "\n".join(lines)
+
+
+def _attempt_lines(folder: Path, number: int) -> list[str]:
+    log, ended = folder / "log.txt", folder / "exit.json"
+    values = read_json(ended, "how an attempt ended") if ended.is_file() else {}
+    end = f"attempt {number} {values['reason']}: {values.get('error', 'no error was recorded')}" if values else ""
+    if values.get("reason") == "stopped":  # by an error whose message says it all
+        return [end, f"its log is {log}"]
+    failed = sorted(folder.glob("rank_*.error.txt"), key=lambda path: path.stat().st_mtime_ns)
+    lines, first = _tail(log), _tail(failed[0]) if failed else []
+    lines += first if first and first[-1] not in lines else []  # rank 0's error stands in its log too
+    lines += [f"see also {path}" for path in failed[1:]]
+    return [*lines, end or f"attempt {number} left no word of its end in {folder}"]
+
+
+def _tail(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    last = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-LOG_LINES:]
+    return [f"the last {len(last)} lines of {path}:", *(f"  | {line}" for line in last)]
+
+
+def summary_text(runs: list[Run]) -> str:
+    """A table of the finished stages, and where the report is."""
+    rows = [["stage", "kind", "state", "seconds", "tokens", "final loss"]]
+    for run in runs:
+        come = progress(run)
+        loss = "" if come.loss is None else f"{come.loss:.4f}"
+        rows.append([run.name, run.stage.kind, come.state, f"{_seconds(run):.0f}", "" if come.tokens is None else f"{come.tokens:,}", loss])
+    pages = [page for run in runs if run.stage.kind == "report" and (page := run.path / "index.html").is_file()]
+    return "\n".join(["", *columns(rows), *(f"report: {os.path.relpath(page)}" for page in pages)])
+
+
+def _seconds(run: Run) -> float:
+    """What the completion mark says, or else the time from the start of the last attempt to the mark."""
+    done = read_done(run)
+    if "seconds" in done:
+        return float(done["seconds"])
+    began = read_json(run.path / "attempts" / str(attempt_numbers(run.path)[-1]) / "plan.json", "how an attempt began")["started_at"]
+    return (_time(done) - datetime.fromisoformat(began)).total_seconds()

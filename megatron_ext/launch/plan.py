@@ -1,0 +1,252 @@
+"""What a graph will do, before anything runs: tokens, rates at every joint, epochs, memory, GPU-hours, disk.
+
+`plan_rows` computes, `plan_text` prints; both refuse what cannot run as planned. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_ext.config.base import Json, to_json
+from megatron_ext.config.cluster import Cluster
+from megatron_ext.config.memory import (
+    checkpoint_bytes,
+    disk_bytes,
+    files_per_checkpoint,
+    kept_checkpoints,
+    memory,
+    pinned_steps,
+)
+from megatron_ext.config.mixture import Draw, draws
+from megatron_ext.config.plan import micro_batches
+from megatron_ext.config.schedule import learning_rate
+from megatron_ext.config.stages import Branch, ConvertStage, Scratch, TokenizeStage, TrainStage, Weights, inputs
+from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.launch.graph import Graph
+from megatron_ext.launch.plan_words import cluster_words, count, size, stage_lines
+
+UNKNOWN_TOKENS = 2**62  # stands in for a source whose size nobody has stated: no mixture uses it up
+MOST_NAMED = 8  # edges that a line of the tree names one by one
+
+
+def resolved(graph: Graph) -> Json:
+    """The graph as plain JSON, every default filled in."""
+    values: Json = to_json(graph)
+    return values
+
+
+def plan_rows(graph: Graph, cluster: Cluster | None = None) -> list[Json]:
+    """One JSON-able row per training stage; `ConfigError` or `DataError` where the plan cannot be carried out."""
+    return [_row(graph, stage, cluster) for stage in graph.stages if isinstance(stage, TrainStage)]
+
+
+def _row(graph: Graph, stage: TrainStage, cluster: Cluster | None) -> Json:
+    budget, plan = stage.budget, stage.plan
+    if cluster and plan.device == "gpu" and plan.ranks_per_node > cluster.gpus_per_node:
+        raise ConfigError(
+            f"stage {stage.name}: plan.ranks_per_node {plan.ranks_per_node} exceeds the {cluster.gpus_per_node} GPUs of a node of "
+            f"{cluster.name}; lower it and raise plan.nodes"
+        )
+    start, joint = _start(graph, stage)
+    return {
+        "stage": stage.name,
+        "start": start,
+        "tokens": budget.tokens,
+        "steps": budget.steps,
+        "tokens_per_step": budget.tokens_per_batch,
+        "sequences_per_step": budget.sequences_per_batch,
+        "sequence_length": budget.sequence_length,
+        "lineage_tokens": _lineage_tokens(graph, stage, None),
+        "shape": stage.schedule.shape,
+        "warmup_tokens": stage.schedule.warmup_tokens,
+        "first_learning_rate": _rate(stage, 0),
+        "last_learning_rate": _rate(stage, budget.steps - 1),
+        "joint": joint,
+        "sources": _sources(graph, stage),
+        "precision": stage.precision,
+        "parameters": stage.model.num_parameters,
+        "parallel": _parallel(stage),
+        "memory": _memory(stage, cluster),
+        "compute": _compute(stage, cluster),
+        "checkpoints": {
+            "kept": kept_checkpoints(budget, plan),
+            "pinned_steps": list(pinned_steps(budget, plan)),
+            "bytes_each": checkpoint_bytes(stage.model, stage.precision, plan),
+            "files_each_at_most": files_per_checkpoint(plan),
+            "disk_bytes": disk_bytes(stage.model, budget, stage.precision, plan),
+            "files_at_most": kept_checkpoints(budget, plan) * files_per_checkpoint(plan),
+        },
+    }
+
+
+def _rate(stage: TrainStage, step: int) -> float:
+    return learning_rate(stage.schedule, stage.budget.tokens_before(step), stage.budget.tokens)
+
+
+def _start(graph: Graph, stage: TrainStage) -> tuple[Json, Json | None]:
+    """Where the first weights come from, and the learning rates on both sides of that joint."""
+    if isinstance(stage.start, Scratch):
+        return {"kind": "scratch", "stage": None, "tokens": None}, None
+    parent = graph.stage(stage.start.stage)
+    if isinstance(parent, ConvertStage):
+        return {"kind": stage.start.kind, "stage": parent.name, "tokens": None}, None
+    tokens = parent.budget.tokens if stage.start.tokens is None else stage.start.tokens
+    step = parent.budget.step_at(tokens)
+    kept = pinned_steps(parent.budget, parent.plan)
+    if step not in kept:
+        near = min(kept, key=lambda k: abs(k - step))
+        raise ConfigError(
+            f"stage {stage.name}: starts from '{parent.name}' at step {step:,} ({tokens:,} tokens), a checkpoint that may be removed "
+            f"before it is read: pinned are the last and those nearest to multiples of plan.pin_every_tokens = "
+            f"{parent.plan.pin_every_tokens:,}. Start at {parent.budget.tokens_before(near):,} tokens, or set "
+            f"{parent.name}.plan.pin_every_tokens={tokens}"
+        )
+    joint = {"parent_step": step, "before": _rate(parent, step - 1), "after": _rate(stage, 0), "peak": stage.schedule.peak}
+    return {"kind": stage.start.kind, "stage": parent.name, "tokens": tokens}, joint
+
+
+def _lineage_tokens(graph: Graph, stage: TrainStage, tokens: int | None) -> int:
+    """Tokens since scratch or conversion, at `tokens` of `stage` (None: its end)."""
+    here = stage.budget.tokens if tokens is None else tokens
+    if isinstance(stage.start, Scratch):
+        return here
+    parent = graph.stage(stage.start.stage)
+    return here if isinstance(parent, ConvertStage) else here + _lineage_tokens(graph, parent, stage.start.tokens)
+
+
+def _drawn(graph: Graph, stage: TrainStage, tokens: int | None) -> dict[str, int]:
+    """Tokens drawn per source at `tokens` of `stage` (None: its end), back along `branch` starts; `weights` begins anew."""
+    total = _drawn_before(graph, stage)
+    for row in stage.mixture.rows:
+        total[row.source] = total.get(row.source, 0) + round(row.weight * (stage.budget.tokens if tokens is None else tokens))
+    return total
+
+
+def _drawn_before(graph: Graph, stage: TrainStage) -> dict[str, int]:
+    return _drawn(graph, graph.stage(stage.start.stage), stage.start.tokens) if isinstance(stage.start, Branch) else {}
+
+
+def _sources(graph: Graph, stage: TrainStage) -> list[Json]:
+    corpus: TokenizeStage = graph.stage(stage.corpus)
+    training = {s.name: int(s.tokens * (1 - s.heldout_fraction)) for s in corpus.sources}
+    known = {name: tokens or UNKNOWN_TOKENS for name, tokens in training.items()}
+    most = {s.name: s.max_epochs for s in corpus.sources}
+    try:
+        table = draws(stage.mixture, stage.budget.tokens, known, most, _drawn_before(graph, stage))
+    except DataError as error:
+        raise DataError(f"stage {stage.name}: {error}") from None
+    return [_source_row(draw, training[draw.source]) for draw in table]
+
+
+def _source_row(draw: Draw, available: int) -> Json:
+    return {
+        "source": draw.source,
+        "weight": draw.weight,
+        "tokens": draw.tokens,
+        "already_tokens": draw.already_tokens,
+        "available_tokens": available or None,
+        "epochs": draw.epochs if available else None,
+        "max_epochs": draw.max_epochs,
+    }
+
+
+def _parallel(stage: TrainStage) -> Json:
+    plan, budget = stage.plan, stage.budget
+    return {
+        "device": plan.device,
+        "nodes": plan.nodes,
+        "ranks": plan.num_ranks,
+        "tensor": plan.tensor,
+        "pipeline": plan.pipeline,
+        "context": plan.context,
+        "data": plan.data_parallel,
+        "micro_batch": plan.micro_batch,
+        "micro_batches": micro_batches(plan, budget),
+        "largest_data": budget.sequences_per_batch // plan.micro_batch,
+    }
+
+
+def _memory(stage: TrainStage, cluster: Cluster | None) -> Json:
+    parts = memory(stage.model, stage.budget, stage.precision, stage.plan)
+    on_gpu = cluster is not None and stage.plan.device == "gpu"
+    return {
+        "weights_bytes": parts.weights_bytes,
+        "gradients_bytes": parts.gradients_bytes,
+        "optimizer_bytes": parts.optimizer_bytes,
+        "activations_bytes": parts.activations_bytes,
+        "logits_bytes": parts.logits_bytes,
+        "total_bytes": parts.total_bytes,
+        "gpu_memory_bytes": cluster.gpu_memory_bytes if cluster and on_gpu else None,
+        "fits": parts.fits(cluster.gpu_memory_bytes) if cluster and on_gpu else None,
+    }
+
+
+def _compute(stage: TrainStage, cluster: Cluster | None) -> Json:
+    """FLOPs; GPU-hours = FLOPs / (peak of the precision x assumed MFU) / 3600, where cluster and precision give a peak."""
+    flops = stage.budget.tokens * stage.model.flops_per_token(stage.budget.sequence_length)
+    values: Json = {"flops": flops, "peak_flops_per_second": None, "gpu_hours": None, "wall_seconds": None}
+    if cluster is None or stage.plan.device == "cpu" or stage.precision == "fp32":
+        return values
+    peak = cluster.fp8_flops_per_second if stage.precision == "fp8" else cluster.bf16_flops_per_second
+    seconds = flops / (peak * cluster.assumed_mfu)
+    return {**values, "peak_flops_per_second": peak, "gpu_hours": seconds / 3600, "wall_seconds": seconds / stage.plan.num_ranks}
+
+
+def graph_lines(graph: Graph) -> list[str]:
+    """The graph as an indented tree: a stage stands under the one it starts from, other edges are named."""
+    kinds = max(len(stage.kind) for stage in graph.stages)
+    depth: dict[str, int] = {}
+    children: dict[str | None, list[Any]] = {}
+    for stage in graph.stages:
+        start = inputs(stage).get("start")
+        depth[stage.name] = depth[start] + 1 if start else 0
+        children.setdefault(start, []).append(stage)
+    width = max(2 * depth[stage.name] + len(stage.name) for stage in graph.stages)
+    lines: list[str] = []
+
+    def add(stage: Any) -> None:
+        label = "  " * depth[stage.name] + stage.name
+        lines.append(f"{label:<{width}}  {stage.kind:<{kinds}}  {_edges(stage)}".rstrip())
+        for child in children.get(stage.name, []):
+            add(child)
+
+    for root in children[None]:
+        add(root)
+    return lines
+
+
+def _edges(stage: Any) -> str:
+    reads = [parent for role, parent in inputs(stage).items() if role != "start"]
+    named = ", ".join(reads) if len(reads) <= MOST_NAMED else f"{len(reads)} stages, {reads[0]} to {reads[-1]}"
+    words = [f"reads {named}"] if reads else []
+    match stage:
+        case TrainStage(start=Scratch()):
+            words.insert(0, "from random weights")
+        case TrainStage(start=Weights() | Branch() as start):
+            at = "" if start.tokens is None else f" at {count(start.tokens)} tokens"
+            words.insert(0, f"{start.kind} of {start.stage}{at}")
+        case ConvertStage():
+            words.insert(0, stage.model_id)
+        case TokenizeStage():
+            words.insert(0, f"{len(stage.sources)} sources")
+    return "; ".join(words)
+
+
+def plan_json(graph: Graph, cluster: Cluster | None = None) -> str:
+    """The plan for programs: JSON text of `plan_rows` under the names of graph and cluster."""
+    values = {"graph": graph.name, "cluster": cluster.name if cluster else None, "stages": plan_rows(graph, cluster)}
+    return json.dumps(values, indent=2)
+
+
+def plan_text(graph: Graph, cluster: Cluster | None = None) -> str:
+    """The plan for people: the graph as a tree, then one block per training stage, then the sums."""
+    rows = plan_rows(graph, cluster)
+    lines = [f"{graph.name}, {cluster_words(cluster)}", "", *graph_lines(graph), ""]
+    for row in rows:
+        lines += [*stage_lines(row), ""]
+    hours = [row["compute"]["gpu_hours"] for row in rows]
+    disk = sum(row["checkpoints"]["disk_bytes"] for row in rows)
+    total = f"in all: {count(sum(row['tokens'] for row in rows))} tokens, {size(disk)} of checkpoints"
+    lines.append(total + (f", {sum(hours):,.0f} GPU-hours" if hours and None not in hours else ""))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,45 @@
+"""The one sentence that opens the page: what was run. Pure."""
+
+from __future__ import annotations
+
+from megatron_ext.reports.format import listed, many, tokens
+from megatron_ext.reports.read import Reading, StageData
+from megatron_ext.reports.tables import parent_name, stage_rows
+
+MOST_NAMES = 8  # of stages that start alike; the lineage figure below has them all
+
+
+def lead(reading: Reading) -> str:
+    """Model, tokens, stages and how they hang together; what is done of it."""
+    stages = reading.training
+    if not stages:
+        return f"Graph {reading.graph}: {many(len(reading.stages), 'stage')}, none of them training."
+    rows = {row.stage: row for row in stage_rows(reading)}
+    done = sum(row.tokens or 0 for row in rows.values())
+    planned = sum(row.tokens_planned or 0 for row in rows.values())
+    amount = tokens(done) if done == planned else f"{tokens(done)} of {tokens(planned)} planned"
+    models = {s.config.model.name: s.config.model.num_parameters for s in stages}
+    model = listed([f"{name} ({tokens(size)} parameters)" for name, size in models.items()])
+    where = listed(sorted({f"{s.config.plan.device.upper()} in {s.config.precision.upper()}" for s in stages}))
+    parts = [_part(group) for group in _families(stages)]
+    return f"Graph {reading.graph}: {model} trained for {amount} tokens on {where}, in {many(len(stages), 'stage')}: {'; '.join(parts)}."
+
+
+def _families(stages: tuple[StageData, ...]) -> list[list[StageData]]:
+    """Stages in order; those that start in the same way from the same point, for as long, stand together."""
+    groups: dict[object, list[StageData]] = {}
+    for stage in stages:
+        config = stage.config
+        key = (config.start, config.budget.tokens) if parent_name(stage) else stage.name
+        groups.setdefault(key, []).append(stage)
+    return list(groups.values())
+
+
+def _part(group: list[StageData]) -> str:
+    config = group[0].config
+    names = listed([s.name for s in group] if len(group) <= MOST_NAMES else [*(s.name for s in group[:2]), f"{len(group) - 2} more"])
+    each = " each" if len(group) > 1 else ""
+    how = {"scratch": "from scratch", "weights": "from the weights of", "branch": "branching from"}[config.start.kind]
+    parent = parent_name(group[0])
+    at = f" at {tokens(config.start.tokens)} tokens" if parent and config.start.tokens is not None else ""
+    return f"{names} ({how}{' ' + parent if parent else ''}{at}, {tokens(config.budget.tokens)} tokens{each})"

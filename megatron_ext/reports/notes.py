@@ -1,0 +1,75 @@
+"""What a reader must know before believing the page: what is missing, unfinished or odd. Pure."""
+
+from __future__ import annotations
+
+from megatron_ext.reports.format import listed, many
+from megatron_ext.reports.read import Reading, StageData
+from megatron_ext.reports.tables import mixture_row, number, parent_name, steps_done
+
+
+def notes(reading: Reading) -> list[str]:
+    """One line a finding, with all stages that it is true of; empty where all is finished and measured."""
+    stages_of: dict[str, list[str]] = {}
+    for findings in (_state, _measurement):
+        for stage in reading.stages:
+            for line in findings(stage):
+                stages_of.setdefault(line, []).append(stage.name)
+    for stage in reading.training:
+        for line in _parent(reading, stage):
+            stages_of.setdefault(line, []).append(stage.name)
+    lines = [f"{listed(stages)}: {line}" for line, stages in stages_of.items()]
+    if reading.training and not any(s.config.start.kind == "branch" for s in reading.training):
+        lines.append("No stage here branches from another; where the page would compare branches, it shows every training stage.")
+    if not reading.training:
+        lines.append("No training stage is among the stages of this report.")
+    return lines
+
+
+def _state(stage: StageData) -> list[str]:
+    lines = []
+    if stage.state == "missing":
+        lines.append("the run folder is missing, so nothing of it is shown.")
+    elif stage.state == "not begun":
+        lines.append("not begun.")
+    elif stage.state == "begun":
+        reach = f" (step {steps_done(stage):,} of {stage.config.budget.steps:,})" if stage.is_training else ""
+        lines.append(f"not finished{reach}; the numbers are of what was done so far.")
+    for attempt in stage.attempts:
+        if attempt.reason not in ("", "done"):
+            cause = f": {attempt.error}" if attempt.error else ""
+            lines.append(f"attempt {attempt.number} ended as '{attempt.reason}'{cause}.")
+    plans = [a.plan for a in stage.attempts if a.plan]
+    if stage.is_training and any(plan != plans[0] for plan in plans):
+        lines.append("ran under more than one plan; the throughput is the median over all steps.")
+    return lines
+
+
+def _measurement(stage: StageData) -> list[str]:
+    if not stage.is_training or stage.state not in ("done", "begun"):
+        return []
+    lines = []
+    row = mixture_row(stage)
+    if not stage.validation:
+        lines.append("no held-out measurement.")
+    elif row.unmeasured_sources:
+        names = listed(list(row.unmeasured_sources))
+        lines.append(f"no held-out loss of {names}, so the held-out loss of the mixture is not known.")
+    elif stage.state == "done" and row.end_step != steps_done(stage):
+        lines.append(f"the last held-out measurement is of step {row.end_step or 0:,}, not of the last step ({steps_done(stage):,}).")
+    recorded = stage.train[-1]["step"] if stage.train else 0
+    if stage.manifest is None:
+        lines.append("no checkpoint yet, so the token ledger is not shown.")
+    elif stage.manifest.iteration < recorded:
+        behind = many(recorded - stage.manifest.iteration, "step")
+        lines.append(f"the newest checkpoint, and so the token ledger, is {behind} behind the metrics.")
+    if stage.train and not any(number(r, "mfu") for r in stage.train):
+        lines.append("no MFU, because the peak of the device is not known.")
+    return lines
+
+
+def _parent(reading: Reading, stage: StageData) -> list[str]:
+    parent = reading.find(parent_name(stage) or "")
+    recorded = stage.manifest.parent if stage.manifest else None
+    if parent is None or recorded is None or not parent.science_hash or parent.science_hash == recorded.science_hash:
+        return []
+    return [f"made from a '{parent.name}' of science {recorded.science_hash[:12]}, but the one shown here is {parent.science_hash[:12]}."]

@@ -1,0 +1,146 @@
+"""One immutable picture of the stages that a report names and of their ancestors, from their run folders.
+
+Nothing is computed here: `tables` turns this into numbers, `figures` into drawings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ext.config.base import Json
+from megatron_ext.config.stages import TrainStage, inputs
+from megatron_ext.metrics import Record, read_metrics
+from megatron_ext.provenance import CORPUS, MANIFEST, CorpusIndex, Manifest, read_corpus, read_manifest
+from megatron_ext.runs import ATTEMPTS, PROVENANCE, RECIPE, Run, attempt_numbers, open_run, read_done, read_json
+
+State = Literal["done", "begun", "not begun", "missing"]
+
+
+@dataclass(frozen=True)
+class AttemptData:
+    """One try at a stage: when it began, under which plan, and how it ended ('' where it left no word)."""
+
+    number: int
+    started_at: str = ""
+    plan: Json = field(default_factory=dict)
+    reason: str = ""
+    ended_at: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What one run folder says. `config` is None where the folder is missing; records are those that stand."""
+
+    name: str
+    state: State
+    config: Any = None
+    science_hash: str = ""
+    parents: dict[str, str] = field(default_factory=dict)  # role -> name of a stage
+    attempts: tuple[AttemptData, ...] = ()
+    starts: dict[int, int] = field(default_factory=dict)  # attempt -> step it began after
+    train: tuple[Record, ...] = ()
+    validation: tuple[Record, ...] = ()
+    manifest: Manifest | None = None  # of the newest whole checkpoint
+    corpus: CorpusIndex | None = None
+    done: Json = field(default_factory=dict)
+    provenance: Json = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The stage's kind, or 'unknown' where its folder is missing."""
+        return str(self.config.kind) if self.config is not None else "unknown"
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the stage trains (and so has a mixture, a schedule and metrics)."""
+        return isinstance(self.config, TrainStage)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that a report draws from: the stages it names and their ancestors, each after its parents."""
+
+    title: str
+    graph: str
+    stages: tuple[StageData, ...]
+
+    @property
+    def training(self) -> tuple[StageData, ...]:
+        """The training stages, in order."""
+        return tuple(s for s in self.stages if s.is_training)
+
+    def find(self, name: str) -> StageData | None:
+        """The stage called `name`, if the report names it."""
+        return next((s for s in self.stages if s.name == name), None)
+
+
+def gather(run: Run) -> Reading:
+    """Read the run folders that the report names, and those that they were made from, ancestors first.
+
+    A missing folder is said in the reading; a damaged file raises the error that names it.
+    """
+    found: dict[str, StageData] = {}
+    for name, folder in run.inputs.items():
+        _visit(name, folder, found)
+    return Reading(run.stage.title, run.graph, tuple(found.values()))
+
+
+def _visit(name: str, folder: Path, found: dict[str, StageData]) -> None:
+    if name in found:
+        return
+    if not (folder / RECIPE).is_file():
+        found[name] = StageData(name, "missing")
+        return
+    run = open_run(folder)
+    for role, parent in inputs(run.stage).items():
+        _visit(parent, run.inputs[role], found)
+    found[name] = _stage(run)
+
+
+def _stage(run: Run) -> StageData:
+    attempts = tuple(_attempt(run.path, number) for number in attempt_numbers(run.path))
+    records = read_metrics(run.metrics_path)
+    state: State = "done" if run.is_done() else "begun" if attempts or records else "not begun"
+    has_provenance = (run.path / PROVENANCE).is_file()
+    return StageData(
+        name=run.name,
+        state=state,
+        config=run.stage,
+        science_hash=run.science_hash,
+        parents=inputs(run.stage),
+        attempts=attempts,
+        starts={r["attempt"]: r["step"] for r in records if r["kind"] == "attempt"},
+        train=_by_step(records, "train"),
+        validation=_by_step(records, "validation"),
+        manifest=_newest_manifest(run.checkpoints_path),
+        corpus=read_corpus(run.path) if (run.path / CORPUS).is_file() else None,
+        done=read_done(run) if state == "done" else {},
+        provenance=read_json(run.path / PROVENANCE, "what the run was made with") if has_provenance else {},
+    )
+
+
+def _by_step(records: list[Record], kind: str) -> tuple[Record, ...]:
+    return tuple(sorted((r for r in records if r["kind"] == kind), key=lambda r: int(r["step"])))
+
+
+def _attempt(folder: Path, number: int) -> AttemptData:
+    path = folder / ATTEMPTS / str(number)
+    plan = read_json(path / "plan.json", "an attempt's plan") if (path / "plan.json").is_file() else {}
+    end = read_json(path / "exit.json", "an attempt's end") if (path / "exit.json").is_file() else {}
+    return AttemptData(
+        number=number,
+        started_at=str(plan.get("started_at", "")),
+        plan=plan.get("plan", {}),
+        reason=str(end.get("reason", "")),
+        ended_at=str(end.get("at", "")),
+        error=str(end.get("error", "")),
+    )
+
+
+def _newest_manifest(folder: Path) -> Manifest | None:
+    """The manifest is written last: a checkpoint folder without one is not a checkpoint."""
+    whole = [p.parent for p in folder.glob(f"iter_*/{MANIFEST}")]
+    return read_manifest(max(whole, key=lambda p: int(p.name.removeprefix("iter_")))) if whole else None
