@@ -1,0 +1,216 @@
+"""A save that dies or is refused: the last checkpoint stands, and the next attempt goes on from it to the bit."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.checkpoint import folder as folders
+from megatron_ext.checkpoint.load import verify
+from megatron_ext.config.plan import TrainPlan
+from megatron_ext.errors import CheckpointError
+from megatron_ext.runs import Run
+from tests import layouts, ranks, training_runs
+from tests.small_corpus import train_run, write_corpus
+
+CPU, TWO = (replace(plan, micro_batch=4) for plan in (layouts.CPU, layouts.TWO))
+STEPS, AT = 6, 4  # checkpoints at 2, 4, 6; the one at 4 fails
+POINTS = ("in a data file", "before the manifest", "before the rename", "before the tracker", "after the tracker")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("failures"), {"web": 60, "qa": 30})
+
+
+def new_run(corpus: Run, name: str, plan: TrainPlan = CPU) -> Run:
+    return train_run(corpus, replace(training_runs.stage(steps=STEPS, save_every_steps=2, plan=plan), name=name))
+
+
+@pytest.fixture(scope="module")
+def straight(corpus):
+    """What is computed without a failure, by one rank and by two."""
+    return {plan: training_runs.trace(new_run(corpus, f"straight {plan.num_ranks}", plan)) for plan in (CPU, TWO)}
+
+
+def patch_save(point: str, fail: Callable[[], None]) -> None:
+    """Make the save of step `AT` call `fail` at a point."""
+    from megatron_ext.checkpoint import save
+
+    def before(holder: Any, name: str, here: Callable[..., bool]) -> None:
+        true = getattr(holder, name)
+
+        def wrapped(*arguments: Any) -> Any:
+            if here(*arguments):
+                fail()
+            return true(*arguments)
+
+        setattr(holder, name, wrapped)
+
+    match point:
+        case "in a data file":
+            written: list[int] = []
+
+            def second_write(stream: Any, data: Any) -> bool:
+                if f"iter_{AT:07d}" not in str(stream._file.name) or not stream._file.name.endswith(".distcp"):
+                    return False
+                written.append(1)
+                return len(written) == 2
+
+            before(save._HashingStream, "write", second_write)
+        case "before the manifest":
+            before(save, "write_manifest", lambda _, manifest: manifest.iteration == AT)
+        case "before the rename":
+            before(folders, "publish", lambda *arguments: arguments[2] == AT)
+        case "before the tracker":
+            before(folders, "atomic_write", lambda _, text: text == f"{AT}\n")
+        case "after the tracker":
+            before(save, "_sync", lambda path: folders.latest(path) == AT)
+        case "tracker first":  # the fault: the tracker moves, then the folder
+
+            def wrong(folder: Path, aside: Path, iteration: int) -> Path:
+                folders.atomic_write(folder / folders.TRACKER, f"{iteration}\n")
+                if iteration == AT:
+                    fail()
+                return aside.rename(folders.iteration_path(folder, iteration))
+
+            folders.publish = wrong
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die(groups: Any, path: str, point: str, on_rank: int) -> None:
+    if groups.rank == on_rank:
+        patch_save(point, die)
+    training_runs._train(groups, path, None, "")
+
+
+def killed(run: Run, point: str, on_rank: int = 0) -> None:
+    with pytest.raises(AssertionError, match=r"exit codes|rank \d failed first"):
+        ranks.run(train_and_die, run.stage.plan, str(run.path), point, on_rank)
+
+
+def goes_on_from(run: Run, iteration: int, straight: Any) -> None:
+    """The tracker names a whole checkpoint, and the next attempt ends as if nothing had happened."""
+    assert folders.latest(run.checkpoints_path) == iteration
+    assert verify(folders.iteration_path(run.checkpoints_path, iteration)).iteration == iteration
+    resumed = training_runs.trace(run)
+    assert resumed["steps"] == straight["steps"][iteration:]
+    assert resumed["digests"] == straight["digests"]
+    assert sorted(p.name for p in run.checkpoints_path.iterdir()) == [f"iter_{i:07d}" for i in (2, 4, 6)] + [folders.TRACKER]
+    for each in folders.published(run.checkpoints_path):
+        verify(folders.iteration_path(run.checkpoints_path, each))
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_save_leaves_the_last_checkpoint(corpus, straight, point):
+    run = new_run(corpus, point)
+    killed(run, point)
+    left = {p.name for p in run.checkpoints_path.iterdir()}
+    assert (f".iter_{AT:07d}.attempt-1.tmp" in left) == (POINTS.index(point) < 3)  # it died where it should
+    assert (f"iter_{AT:07d}" in left) == (POINTS.index(point) >= 3)
+    goes_on_from(run, AT if point == "after the tracker" else 2, straight[CPU])
+
+
+def test_the_death_of_another_rank_leaves_the_last_checkpoint(corpus, straight):
+    run = new_run(corpus, "other rank", TWO)
+    killed(run, "in a data file", on_rank=1)
+    goes_on_from(run, 2, straight[TWO])
+
+
+def test_a_tracker_that_moves_first_is_noticed(corpus):
+    run = new_run(corpus, "tracker first")
+    killed(run, "tracker first")
+    with pytest.raises(CheckpointError, match=r"names iteration 4, but .* is no published checkpoint; published are \[2\]"):
+        folders.latest(run.checkpoints_path)
+
+
+# ---- refused by the disk
+
+
+def train_into_refusal(groups: Any, path: str, file_bytes: int) -> str:
+    """Train until a save is refused; what was said. `file_bytes` bounds the size of a file in the save of step `AT`."""
+    from megatron_ext.checkpoint import save
+
+    true_write = save._write
+
+    def bounded(state_dict: Any, aside: Path) -> Any:
+        if f"iter_{AT:07d}" in aside.name:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+        try:
+            return true_write(state_dict, aside)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    if file_bytes:
+        save._write = bounded
+    with pytest.raises(CheckpointError) as error:
+        training_runs._train(groups, path, None, "")
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file_bytes", "cause"),
+    [(100_000, r"\[Errno 27\] File too large"), (500, "iostream error|failed writing file")],
+    ids=["data file", "common.pt"],
+)
+def test_a_refused_write_stops_every_rank_and_the_last_checkpoint_stands(corpus, straight, file_bytes, cause):
+    """A bound on the size of files (it needs no privilege) refuses the data files, or Megatron's common.pt on rank 0."""
+    run = new_run(corpus, f"bounded {file_bytes}", TWO)
+    said = ranks.run(train_into_refusal, TWO, str(run.path), file_bytes)
+    for one in said:
+        assert re.search(
+            r"iter_0000004\.attempt-1\.tmp: could not be written: .*; make room .*: the last published checkpoint stands$", one, re.S
+        ), one
+    assert re.search(cause, said[0]), said[0]
+    goes_on_from(run, 2, straight[TWO])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many bytes at a folder; skipped where this user may not mount."""
+    mounted: list[Path] = []
+
+    def mount(at: Path, size_bytes: int) -> None:
+        at.mkdir(parents=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(at)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"this user may not mount a file system: {done.stderr.strip()}")
+        mounted.append(at)
+
+    yield mount
+    for at in mounted:
+        subprocess.run(["umount", str(at)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(corpus, straight, small_disk):
+    run = new_run(corpus, "full disk")
+    checkpoint = folders.iteration_path(train_checkpoints(corpus), 2)
+    one_bytes = sum(p.stat().st_size for p in checkpoint.iterdir())
+    small_disk(run.checkpoints_path, one_bytes * 3 // 2)
+    (said,) = ranks.run(train_into_refusal, CPU, str(run.path), 0)
+    assert re.search(r"iter_0000004\.attempt-1\.tmp: could not be written: .*No space left on device.*: the last published", said, re.S), (
+        said
+    )
+    assert folders.latest(run.checkpoints_path) == 2
+    verify(folders.iteration_path(run.checkpoints_path, 2))
+    subprocess.run(["mount", "-o", f"remount,size={10 * one_bytes}", str(run.checkpoints_path)], check=True)
+    goes_on_from(run, 2, straight[CPU])
+
+
+def train_checkpoints(corpus: Run) -> Path:
+    """The checkpoints of the run that went straight."""
+    return corpus.path.parent / "straight 1" / "checkpoints"

@@ -1,0 +1,66 @@
+"""README's own recipe, from text to report: run here, looked at, skipped the second time, one stage redone by hand."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.metrics import read_metrics
+from megatron_ext.provenance import read_manifest
+from megatron_ext.runs import open_run, read_done
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def megatron_ext(folder: Path, *words: str) -> str:
+    """Output of one command in `folder`."""
+    done = subprocess.run([sys.executable, "-m", "megatron_ext", *words], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_readmes_recipe_runs_whole(tmp_path: Path) -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "my.py").write_text(example)
+    launch = ("launch", "./my.py:run", "--local")
+    names = ["text", "tokenizer", "corpus", "base", "stable", "decay_long", "decay_short", "decay_hybrid", "decay_linear", "report"]
+    folder = tmp_path / "runs" / "mine"
+
+    out = megatron_ext(tmp_path, *launch)
+    assert re.findall(r"^\[\d+/10\] (\w+): \w+$", out, flags=re.MULTILINE) == names
+    assert out.splitlines()[-1] == "report: runs/mine/report/index.html"
+    assert "decay_linear" in (folder / "report" / "index.html").read_text(encoding="utf-8")
+
+    # The branch that is ours: a straight line from the peak, over 16 steps, from stable's last point.
+    records = read_metrics(folder / "decay_linear" / "metrics.jsonl", "train")
+    rates = [record["learning_rate"] for record in records]
+    assert rates == pytest.approx([3e-3 * (1 - 0.9 * step / 16) for step in range(16)], rel=1e-12)
+    assert all(0 < record["loss"] < 7 for record in records)
+    parent = read_manifest(folder / "decay_linear" / "checkpoints" / "iter_0000016").parent
+    assert parent is not None
+    assert (parent.stage, parent.start, parent.tokens) == ("stable", "branch", 12 * 512)
+    assert parent.science_hash == open_run(folder / "stable").science_hash
+
+    again = megatron_ext(tmp_path, *launch)
+    assert re.findall(r"^\[\d+/10\] (\w+): \w+, done before, skipped$", again, flags=re.MULTILINE) == names
+    assert "decay_linear" in megatron_ext(tmp_path, "tree", "runs")
+
+    # One stage by hand, from nothing: the same losses, bit for bit.
+    run = folder / "decay_long"
+    before = [record["loss"] for record in read_metrics(run / "metrics.jsonl", "train")]
+    for name in ("DONE", "metrics.jsonl"):
+        (run / name).unlink()
+    shutil.rmtree(run / "checkpoints")
+    megatron_ext(tmp_path, "train", str(run))
+    assert [record["loss"] for record in read_metrics(run / "metrics.jsonl", "train")] == before
+    assert read_done(open_run(run))["tokens"] == 8 * 512
+    assert "nothing to do" in megatron_ext(tmp_path, "train", str(run))
+    drawn = megatron_ext(tmp_path, *launch)
+    assert "[10/10] report: report\n" in drawn  # older than what it reads, so drawn again

@@ -1,0 +1,335 @@
+"""`launch --local` and `tree` on real run folders and real processes: skipping, refusing, failing, stopping."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_ext.config.base import to_json
+from megatron_ext.config.stages import Source, TokenizeStage, inputs
+from megatron_ext.errors import ConfigError, DataError, LaunchError, RunError
+from megatron_ext.launch import local
+from megatron_ext.launch.graph import Graph, with_overrides
+from megatron_ext.launch.local import launch_local, run_stage, summary_text
+from megatron_ext.launch.tree import columns, state, tree_text
+from megatron_ext.metrics import MetricsWriter
+from megatron_ext.provenance import CorpusIndex, Manifest, Parent, SourceRecord, write_manifest
+from megatron_ext.runs import Run, begin_attempt, mark_done, open_run, write_json, write_run
+from recipes import demo, octothinker
+
+SMOKE = demo.smoke()
+TEXT = with_overrides(
+    replace(SMOKE, name="small", stages=SMOKE.stages[:1]), ["text.math_prose_bytes=20000", "text.general_prose_bytes=20000"]
+)
+
+
+def write_all(folder: Path, graph: Graph = SMOKE) -> dict[str, Run]:
+    """Every run folder of a graph, nothing run."""
+    return {s.name: write_run(folder / s.name, graph.name, s, {r: folder / p for r, p in inputs(s).items()}) for s in graph.stages}
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_graph_runs_and_the_second_time_is_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    launch_local(TEXT, tmp_path, None)
+    first = capfd.readouterr().out
+    assert first.startswith("[1/1] text: text\n")
+    assert (tmp_path / "small" / "text" / "text" / "math_web.jsonl").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in files(tmp_path) if path.name != "recipe.json"}
+    launch_local(TEXT, tmp_path, None)
+    second = capfd.readouterr().out
+    assert second.startswith("[1/1] text: text, done before, skipped\n")
+    assert [line.split()[:3] for line in second.splitlines()[-1:]] == [["text", "text", "DONE"]]
+    assert {path: path.stat().st_mtime_ns for path in files(tmp_path) if path.name != "recipe.json"} == before
+
+
+def test_a_mark_that_is_missing_means_the_stage_runs_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    launch_local(TEXT, tmp_path, None)
+    (tmp_path / "small" / "text" / "DONE").unlink()  # as if it had been killed between the work and the mark
+    launch_local(TEXT, tmp_path, None)
+    assert open_run(tmp_path / "small" / "text").is_done()
+    assert "skipped" not in capfd.readouterr().out
+
+
+def test_another_recipe_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    runs = write_all(tmp_path / "smoke")
+    mark_done(runs["stable"], {})
+    (tmp_path / "smoke" / "text" / "recipe.json").unlink()
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    changed = with_overrides(SMOKE, ["stable.budget.steps=13"])
+    with pytest.raises(RunError, match=r"stable: this run is DONE with another recipe.*\n  budget.steps: 12 -> 13"):
+        launch_local(changed, tmp_path, None)
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+
+
+def test_a_kind_without_a_verb_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="stage 'llama' is of kind 'convert', which this version cannot run"):
+        launch_local(octothinker.llama_3b(), tmp_path, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_that_cannot_be_carried_out_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    graph = with_overrides(SMOKE, ["corpus.sources.math_web.tokens=100"])
+    with pytest.raises((ConfigError, DataError), match="source 'math_web' would be repeated"):
+        launch_local(graph, tmp_path, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_stage_names_its_cause_and_the_way_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second stage reads a file that is not there."""
+    missing = Source(name="web", paths=(str(tmp_path / "absent.jsonl"),), max_epochs=1.0)
+    tokenizer_folder = tmp_path / "no" / "tokenizer"
+    graph = Graph(name="g", stages=(*TEXT.stages, TokenizeStage(name="corpus", sources=(missing,), tokenizer=f"{tokenizer_folder}")))
+    with pytest.raises(LaunchError) as caught:
+        launch_local(graph, tmp_path / "runs", None)
+    message = str(caught.value)
+    assert "stage 'corpus' ended with exit code" in message
+    assert "attempt 1 failed: DataError" in message
+    assert "run the same command again: finished stages are skipped" in message
+    printed = capfd.readouterr()
+    assert "[2/2] corpus: tokenize" in printed.out
+    assert "error: " in printed.err
+    assert open_run(tmp_path / "runs" / "g" / "text").is_done()
+    assert not open_run(tmp_path / "runs" / "g" / "corpus").is_done()
+
+
+def test_a_failed_attempts_log_and_rank_errors_are_shown(tmp_path: Path) -> None:
+    """A verb that dies at once (its recipe is gone) after an attempt that we wrote, as a rank would."""
+    attempt = begin_attempt(write_run(tmp_path / "text", "g", TEXT.stages[0], {}))
+    attempt.log_path.write_text("".join(f"line {i}\n" for i in range(50)))
+    (attempt.path / "rank_00002.error.txt").write_text("Traceback\nValueError: two\n")
+    os.utime(attempt.path / "rank_00002.error.txt", (1, 1))
+    (attempt.path / "rank_00001.error.txt").write_text("Traceback\nConnectionError: one\n")
+    message = local._failure(open_run(tmp_path / "text"), -9, before=[])
+    assert message.startswith("stage 'text' ended by signal SIGKILL\n")
+    assert f"the last 20 lines of {attempt.log_path}:\n  | line 30\n" in message
+    assert "  | ValueError: two\n" in message  # the rank that failed first
+    assert "ConnectionError" not in message
+    assert f"see also {attempt.path / 'rank_00001.error.txt'}" in message
+    assert "attempt 1 left no word of its end" in message
+
+
+def test_a_report_is_drawn_again_when_what_it_reads_is_newer(tmp_path: Path) -> None:
+    runs = write_all(tmp_path)
+    report = runs["report"]
+    for name, run in runs.items():
+        write_json(run.path / "DONE", {"science_hash": run.science_hash, "finished_at": "2026-01-01T00:00:00+0000", "name": name})
+    assert local.is_finished(report)
+    stable = runs["stable"]
+    write_json(stable.path / "DONE", {"science_hash": stable.science_hash, "finished_at": "2026-01-01T00:00:01+0000"})
+    assert not local.is_finished(report)
+    assert local.is_finished(stable)  # a training stage never goes stale: what it reads is in its hash
+    (stable.path / "DONE").unlink()
+    assert not local.is_finished(report)
+
+
+LONG = with_overrides(TEXT, ["text.math_prose_bytes=400000000", "text.short_problems=3000000"])
+
+
+def _default_signals() -> None:
+    """As in a terminal: under nohup, or in the background of a script, children inherit that SIGHUP and SIGINT are ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], psutil.Process]]:
+    """`launch --local` of a text stage that takes long, and the process of that stage once it is at work."""
+    (tmp_path / "my.py").write_text("from tests.unit.test_launch import LONG\n\n\ndef run():\n    return LONG\n")
+    root = Path(__file__).resolve().parents[2]
+    words = [sys.executable, "-m", "megatron_ext", "launch", "./my.py:run", "--local"]
+    with (tmp_path / "out").open("wb") as out:
+        process = subprocess.Popen(
+            words, cwd=tmp_path, stdout=out, stderr=out, env={**os.environ, "PYTHONPATH": str(root)}, process_group=0,
+            preexec_fn=_default_signals,
+        )  # fmt: skip
+    plan = tmp_path / "runs" / "small" / "text" / "attempts" / "1" / "plan.json"
+    deadline = time.monotonic() + 60
+    while not plan.is_file():
+        assert process.poll() is None, (tmp_path / "out").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child = psutil.Process(json.loads(plan.read_text())["pid"])
+    try:
+        yield process, child
+    finally:
+        for left in (child, process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+
+
+def test_stopping_reaches_ranks_in_sessions_of_their_own() -> None:
+    """As torchrun's ranks are; this one ignores SIGTERM besides."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    starter = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {deaf!r}], start_new_session=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, process_group=0)
+    assert child.stdout is not None
+    child.stdout.readline()  # the rank is up, and deaf
+    (rank,) = psutil.Process(child.pid).children()
+    local.stop(child, grace_seconds=0.3)
+    assert not psutil.pid_exists(child.pid)
+    rank.wait(5)
+    assert not rank.is_running()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_stopped_launch_takes_its_stage_with_it(tmp_path: Path, number: int, code: int) -> None:
+    with started(tmp_path) as (process, child):
+        assert os.getpgid(child.pid) != os.getpgid(process.pid)
+        process.send_signal(number)
+        assert process.wait(30) == code
+        assert not child.is_running()
+    text = (tmp_path / "out").read_text()
+    assert "stopping stage 'text'" in text
+    assert "the same command goes on from here" in text
+    assert "Traceback" not in text
+    run = open_run(tmp_path / "runs" / "small" / "text")
+    assert state(run).startswith("attempt 1: ")
+    assert not run.is_done()
+
+
+def test_a_stage_killed_from_outside_is_a_failure(tmp_path: Path) -> None:
+    with started(tmp_path) as (process, child):
+        assert "running, pid" in state(open_run(tmp_path / "runs" / "small" / "text"))
+        child.kill()
+        assert process.wait(30) == 2
+    assert "stage 'text' ended by signal SIGKILL" in (tmp_path / "out").read_text()
+    assert state(open_run(tmp_path / "runs" / "small" / "text")) == "attempt 1: killed (no word of its end)"
+
+
+def test_a_stage_sees_pinned_threads_and_no_other_jobs_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"OMP_NUM_THREADS": "7", "WORLD_SIZE": "8", "RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    run = write_run(tmp_path / "text", "g", TEXT.stages[0], {})
+    environment = local._environment(run)
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert not {"WORLD_SIZE", "RANK"} & set(environment)
+    run_stage(run)
+    assert run.is_done()
+
+
+def manifest(run: Run, iteration: int, parent: Parent | None) -> Manifest:
+    budget = run.stage.budget
+    return Manifest(
+        stage=run.name, graph=run.graph, attempt=1, iteration=iteration, tokens=budget.tokens_before(iteration), lineage_tokens=1,
+        learning_rate=1e-3, science_hash=run.science_hash, mixture_hash="", tokenizer_hash="", code_hash="", parent=parent, ledger=(),
+        optimizer_layout="replicated", plan={}, model={}, files={},
+    )  # fmt: skip
+
+
+def trained(run: Run, step: int, loss: float, parent: Parent | None = None) -> None:
+    """What a train run leaves after some steps: metrics and a checkpoint."""
+    writer = MetricsWriter(run.metrics_path, 1, 0)
+    writer.write("train", step, {"loss": loss, "tokens": run.stage.budget.tokens_before(step), "lineage_tokens": 10_000 + step})
+    writer.close()
+    folder = run.checkpoints_path / f"iter_{step:07d}"
+    folder.mkdir(parents=True)
+    write_manifest(folder, manifest(run, step, parent))
+    (run.checkpoints_path / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
+
+
+def test_the_tree_shows_lineage_states_and_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = write_all(tmp_path / "runs" / "smoke")
+    for name in ("text", "tokenizer", "corpus"):
+        mark_done(runs[name], {})
+    source = SourceRecord(train=(), heldout=(), tokens=1200, heldout_tokens=9, documents=1, heldout_documents=1, max_epochs=1.0)
+    sources = {"a": source, "b": replace(source, tokens=34)}
+    index = CorpusIndex(tokenizer_hash="", tokenizer_path="", vocab_size=512, eod_id=0, bos=False, sources=sources)
+    write_json(runs["corpus"].path / "corpus.json", to_json(index))
+    trained(runs["base"], 6, 5.25)
+    mark_done(runs["base"], {})
+    parent = Parent(
+        stage="base",
+        start="weights",
+        iteration=6,
+        tokens=3072,
+        lineage_tokens=3072,
+        learning_rate=1e-3,
+        science_hash="",
+        manifest_sha256="",
+    )
+    trained(runs["stable"], 6, 4.125, parent)
+    begin_attempt(runs["stable"])
+    attempt = begin_attempt(runs["decay_long"])
+    attempt.finish("failed", error="DataError: no such source\nand more")
+    lines = tree_text(Path("runs")).splitlines()
+    assert lines[0] == "smoke  (runs/smoke)"
+    assert [line.split()[0] for line in lines[1:4]] == ["text", "tokenizer", "corpus"]
+    assert "tokens 1,234" in lines[3]
+    words = {
+        name: next(line for line in lines if f"{name} " in line) for name in ("base", "stable", "decay_long", "decay_hybrid", "report")
+    }
+    assert list(words.values()) == [lines[4], lines[5], lines[7], lines[6], lines[9]]
+    assert words["base"].startswith("  base ")
+    assert words["stable"].startswith("  └─ stable ")
+    assert words["decay_long"].startswith("     ├─ decay_long ")
+    assert lines[8].startswith("     └─ decay_short ")
+    for part in (
+        f"attempt 1: running, pid {os.getpid()}",
+        "tokens 3,072 of 6,144",
+        "lineage 10,006",
+        "loss 4.1250",
+        "checkpoint 6",
+        "weights of base at 3,072 tokens",
+    ):
+        assert part in words["stable"]
+    assert "attempt 1: failed: DataError: no such source  " in words["decay_long"]
+    assert "branch of stable at its last checkpoint" in words["decay_long"]
+    assert "DONE" in words["base"]
+    assert "from scratch" in words["base"]
+    assert "not started" in words["report"]
+
+
+def test_the_tree_of_one_graph_or_one_run_is_its_part(tmp_path: Path) -> None:
+    write_all(tmp_path / "smoke")
+    assert len(tree_text(tmp_path).splitlines()) == len(tree_text(tmp_path / "smoke").splitlines()) == 10
+    assert len(tree_text(tmp_path / "smoke" / "text").splitlines()) == 2
+
+
+def test_the_tree_survives_a_checkpoint_without_manifest(tmp_path: Path) -> None:
+    runs = write_all(tmp_path)
+    trained(runs["base"], 6, 5.0)
+    (runs["base"].checkpoints_path / "iter_0000006" / "manifest.json").write_text("{")
+    assert "checkpoint 6 (no readable manifest)" in tree_text(tmp_path)
+    (runs["base"].checkpoints_path / "latest_checkpointed_iteration.txt").write_text("release")
+    with pytest.raises(RunError, match="holds 'release', not the number of a checkpoint"):
+        tree_text(tmp_path)
+
+
+def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"{tmp_path}: no run folders here"):
+        tree_text(tmp_path)
+
+
+def test_the_summary_counts_seconds_tokens_and_points_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = write_all(tmp_path)
+    trained(runs["base"], 6, 5.25)
+    mark_done(runs["base"], {"seconds": 12.4})
+    attempt = begin_attempt(runs["report"])
+    write_json(attempt.path / "plan.json", {"started_at": "2026-01-01T00:00:00+0000"})
+    mark_done(runs["report"], {})
+    write_json(runs["report"].path / "DONE", {"science_hash": runs["report"].science_hash, "finished_at": "2026-01-01T01:00:05+0100"})
+    (runs["report"].path / "index.html").write_text("")
+    lines = summary_text([runs["base"], runs["report"]]).splitlines()
+    assert lines[2].split() == ["base", "train", "DONE", "12", "3,072", "5.2500"]
+    assert lines[3].split() == ["report", "report", "DONE", "5"]
+    assert lines[4] == "report: report/index.html"
+
+
+def test_columns_leave_out_what_is_empty() -> None:
+    assert columns([["a", "", "b"], ["long", "", ""]]) == ["a     b", "long"]

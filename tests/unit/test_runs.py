@@ -1,0 +1,150 @@
+"""Run folders: identity, refusal of another recipe, marks, attempts."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config.stages import TrainStage, inputs
+from megatron_ext.errors import RunError
+from megatron_ext.launch.graph import Graph, with_overrides
+from megatron_ext.runs import (
+    Run,
+    attempt_numbers,
+    attempting,
+    begin_attempt,
+    differences,
+    mark_done,
+    open_run,
+    read_done,
+    refuse_other_science,
+    science_hash,
+    write_run,
+)
+from recipes import clusters, demo
+
+SMOKE = demo.smoke()
+
+
+def write_all(folder: Path, graph: Graph = SMOKE) -> dict[str, Run]:
+    """Every run folder of a graph."""
+    return {s.name: write_run(folder / s.name, graph.name, s, {r: folder / p for r, p in inputs(s).items()}) for s in graph.stages}
+
+
+def test_a_run_folder_reads_back_whole(tmp_path: Path) -> None:
+    runs = write_all(tmp_path)
+    stable = open_run(tmp_path / "stable")
+    assert stable == runs["stable"]
+    assert (stable.graph, stable.name, stable.stage) == ("smoke", "stable", SMOKE.stage("stable"))
+    assert stable.inputs == {"start": tmp_path / "base", "corpus": tmp_path / "corpus"}
+    assert stable.cluster is None
+    again = write_run(tmp_path / "x", "smoke", SMOKE.stage("text"), {}, clusters.h100())
+    assert open_run(again.path).cluster == clusters.h100()
+
+
+def test_run_folders_can_be_moved_together(tmp_path: Path) -> None:
+    write_all(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert open_run(tmp_path / "there" / "stable").inputs["start"] == tmp_path / "there" / "base"
+
+
+def test_the_plan_may_change_and_the_science_may_not(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    before = open_run(tmp_path / "stable").science_hash
+    write_all(tmp_path, with_overrides(SMOKE, ["stable.plan.save_every_steps=3"]))
+    changed = open_run(tmp_path / "stable")
+    assert (changed.stage.plan.save_every_steps, changed.science_hash) == (3, before)
+    with pytest.raises(RunError, match=r"stable: this run was begun with another recipe.*\n  budget.steps: 12 -> 13\n.*--runs"):
+        write_all(tmp_path, with_overrides(SMOKE, ["stable.budget.steps=13"]))
+    assert open_run(tmp_path / "stable").stage.budget.steps == 12
+
+
+def test_what_a_run_was_made_from_is_part_of_its_identity(tmp_path: Path) -> None:
+    runs = write_all(tmp_path / "a")
+    other = write_all(tmp_path / "b", with_overrides(SMOKE, ["base.seed=1"]))
+    assert runs["corpus"].science_hash == other["corpus"].science_hash
+    assert runs["decay_long"].science_hash != other["decay_long"].science_hash
+    with pytest.raises(RunError, match=r"inputs.start: \"[0-9a-f]{12}\" -> \"[0-9a-f]{12}\""):
+        refuse_other_science(tmp_path / "a" / "stable", SMOKE.stage("stable"), {"start": "0" * 64, "corpus": runs["corpus"].science_hash})
+
+
+def test_refusing_reads_and_writes_nothing(tmp_path: Path) -> None:
+    stage = SMOKE.stage("text")
+    assert refuse_other_science(tmp_path / "text", stage, {}) == science_hash(stage, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_edited_by_hand_is_refused(tmp_path: Path) -> None:
+    path = write_all(tmp_path)["stable"].path / "recipe.json"
+    values = json.loads(path.read_text())
+    values["stage"]["seed"] = 99
+    path.write_text(json.dumps(values))
+    with pytest.raises(RunError, match="the file was edited by hand"):
+        open_run(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "not a run folder"), ("{", "not valid JSON"), ('{"format": 99}', "format 99, this program reads 1")],
+)
+def test_what_is_no_run_folder_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(RunError, match=message):
+        open_run(tmp_path)
+
+
+def test_done_holds_the_science_hash(tmp_path: Path) -> None:
+    run = write_all(tmp_path)["text"]
+    with pytest.raises(RunError, match=r"stage 'text' is not finished \(no DONE\); run it first: megatron-ext text"):
+        read_done(run)
+    mark_done(run, {"documents": 7})
+    assert run.is_done()
+    assert (read_done(run)["documents"], read_done(run)["science_hash"]) == (7, run.science_hash)
+    with pytest.raises(RunError, match=r"holds science .* the recipe holds"):
+        read_done(replace(run, science_hash="0" * 64))
+    with pytest.raises(RunError, match="this run is DONE with another recipe"):
+        write_all(tmp_path, with_overrides(SMOKE, ["text.seed=1"]))
+
+
+def test_attempts_count_up_and_record_their_end(tmp_path: Path) -> None:
+    run = write_all(tmp_path)["stable"]
+    assert attempt_numbers(run.path) == []
+    with attempting(run) as first:
+        assert first.log_path == run.path / "attempts" / "1" / "log.txt"
+    with pytest.raises(ZeroDivisionError), attempting(run):
+        raise ZeroDivisionError("nought")
+    assert attempt_numbers(run.path) == [1, 2]
+    ends = [json.loads((run.path / "attempts" / n / "exit.json").read_text()) for n in "12"]
+    assert [(end["reason"], end.get("error")) for end in ends] == [("done", None), ("failed", "ZeroDivisionError: nought")]
+    plan = json.loads((run.path / "attempts" / "1" / "plan.json").read_text())
+    assert plan["plan"]["save_every_steps"] == 6
+
+
+def begin(folder: Path) -> int:
+    return begin_attempt(open_run(folder)).number
+
+
+def test_two_processes_never_own_the_same_attempt(tmp_path: Path) -> None:
+    run = write_all(tmp_path)["text"]
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        numbers = pool.map(begin, [run.path] * 40, chunksize=1)
+    assert sorted(numbers) == list(range(1, 41))
+
+
+def test_differences_name_every_changed_value() -> None:
+    old, new = {"a": 1, "b": {"c": [1, 2], "d": "x"}}, {"a": 1, "b": {"c": [1, 3], "d": "y"}, "e": None}
+    assert differences(old, new) == ["b.c.1: 2 -> 3", 'b.d: "x" -> "y"']
+    assert differences([1], [1, 2], "rows") == ["rows: [1] -> [1, 2]"]
+
+
+def test_the_hash_covers_every_field_outside_the_plan() -> None:
+    stage: TrainStage = SMOKE.stage("stable")
+    changed = [replace(stage, seed=2), replace(stage, precision="fp32", name="s"), replace(stage, budget=replace(stage.budget, steps=13))]
+    hashes = {science_hash(s, {}) for s in (stage, *changed)}
+    assert len(hashes) == 4
+    assert science_hash(replace(stage, plan=replace(stage.plan, threads_per_rank=2)), {}) == science_hash(stage, {})

@@ -1,0 +1,236 @@
+"""Opening an altered checkpoint runs nothing: every pickle in it is refused by name, and torch's own reader would have run it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import random
+import re
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.config.plan import TrainPlan
+from megatron_ext.errors import CheckpointError
+from tests import ranks
+from tests.small_checkpoints import save_small, sign_again, small_state
+
+ONE_RANK = TrainPlan(device="cpu")
+EVIL = ("metadata", "metadata inside", "byte entry", "common")  # checkpoints that make a canary when they are unpickled
+DAMAGED = ("metadata cut", "metadata of another type", "byte entry damaged", "tensor damaged", "common damaged", "format", "path outside")
+Outcome = tuple[str, str, bool]  # kind of error ('' for none), its message, whether the canary was made
+
+
+class Evil:
+    """Unpickling it makes a folder, the canary."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.canary),)
+
+
+def canary(folder: Path, case: str) -> Path:
+    return folder / f"{case}.canary"
+
+
+def checkpoint(folder: Path, case: str) -> Path:
+    return folder / case / "iter_0000001"
+
+
+def write_all(folder: Path) -> None:
+    """The good checkpoint, and its altered copies; every manifest fits its files."""
+    import torch
+    from torch.distributed.checkpoint import Metadata
+
+    save_small(folder / "good", entry={"amax": torch.ones(2)})
+    save_small(folder / "byte entry", entry=Evil(canary(folder, "byte entry")))
+    for case in (*EVIL, *DAMAGED):
+        if case != "byte entry":
+            shutil.copytree(checkpoint(folder, "good"), checkpoint(folder, case))
+        path, at = checkpoint(folder, case), canary(folder, case)
+        metadata, common = path / ".metadata", path / "common.pt"
+        data = next(path.glob("*.distcp"))
+        real: Metadata = pickle.loads(metadata.read_bytes())
+        entries = {index.fqn: info for index, info in (real.storage_data or {}).items()}
+        match case:
+            case "metadata":
+                metadata.write_bytes(pickle.dumps(Evil(at)))
+            case "metadata inside":
+                real.planner_data = Evil(at)
+                metadata.write_bytes(pickle.dumps(real))
+            case "common":
+                torch.save({"plain": Evil(at)}, common)
+            case "metadata cut":
+                metadata.write_bytes(metadata.read_bytes()[:-100])
+            case "metadata of another type":
+                metadata.write_bytes(pickle.dumps({"state_dict_metadata": {}}))
+            case "byte entry damaged" | "tensor damaged":
+                info = entries["entry/shard_0_1" if case.startswith("byte") else "weight"]
+                content = bytearray(data.read_bytes())
+                content[info.offset : info.offset + info.length] = b"x" * info.length
+                data.write_bytes(content)
+            case "common damaged":
+                common.write_bytes(b"x" * 50)
+            case "format":
+                (path / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 9}')
+            case "path outside":
+                data.replace(path.parent / "elsewhere.distcp")
+                data.write_bytes(b"not read")
+                for info in entries.values():
+                    info.relative_path = "../elsewhere.distcp"
+                metadata.write_bytes(pickle.dumps(real))
+        sign_again(path)
+
+
+def guarded(groups: Any, folder: Path) -> dict[str, Outcome]:
+    """Write all checkpoints and load each as the product does."""
+    from megatron_ext.checkpoint.load import load_state
+
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # a user's setting that would switch torch's own guard off
+    write_all(folder)
+    found = {}
+    for case in ("good", *EVIL, *DAMAGED):
+        try:
+            loaded = load_state(small_state(), checkpoint(folder, case))
+            error = ("", f"{loaded['weight'].tolist()} {loaded['entry']} {loaded['plain']}")
+        except CheckpointError as refusal:
+            error = ("CheckpointError", str(refusal))
+        except BaseException as other:  # noqa: BLE001 - the test shows what it was
+            error = (type(other).__name__, str(other))
+        found[case] = (*error, canary(folder, case).exists())
+    return found
+
+
+def other_models(groups: Any, folder: Path) -> list[str]:
+    """What is said where the good checkpoint is loaded into something else."""
+    import torch
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from megatron_ext.checkpoint.load import load_state
+
+    said = []
+    for name, size in (("weight", 9), ("other", 8)):
+        with pytest.raises(CheckpointError) as refusal:
+            load_state({"weight": ShardedTensor.from_rank_offsets(name, torch.zeros(size))}, checkpoint(folder, "good"))
+        said.append(str(refusal.value))
+    return said
+
+
+def unguarded(groups: Any, folder: Path) -> dict[str, bool]:
+    """Load the evil ones with Megatron-Core and torch as they are; whether the canary was made."""
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException
+
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+    made = {}
+    for case in EVIL:
+        assert not canary(folder, case).exists()
+        with contextlib.suppress(AttributeError, CheckpointException, TypeError):  # it fails, if at all, after the code has run
+            dist_checkpointing.load(small_state(), str(checkpoint(folder, case)))
+        made[case] = canary(folder, case).exists()
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("safe")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder):
+    return ranks.run(guarded, ONE_RANK, folder)[0]
+
+
+def test_an_unaltered_checkpoint_loads(outcomes):
+    assert outcomes["good"] == ("", "[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0] {'amax': tensor([1., 1.])} 3", False)
+
+
+MESSAGES = {
+    "metadata": r"metadata/iter_0000001/\.metadata: refused: it asks for posix\.mkdir, .*nothing was run",
+    "metadata inside": r"\.metadata: refused: it asks for posix\.mkdir",
+    "byte entry": r"byte entry/iter_0000001: .*'entry/shard_0_1': refused, nothing was run: .*posix\.mkdir",
+    "common": r"common/iter_0000001/common\.pt: refused, nothing was run: .*posix\.mkdir",
+    "metadata cut": r"\.metadata: not readable: .*damaged, use another checkpoint",
+    "metadata of another type": r"\.metadata: holds a dict, not checkpoint metadata",
+    "byte entry damaged": r"byte entry damaged/iter_0000001: .*'entry/shard_0_1': refused, nothing was run: .*damaged",
+    "tensor damaged": r"tensor damaged/iter_0000001: could not be read: a tensor holds other than plain numbers; it was damaged",
+    "common damaged": r"common damaged/iter_0000001/common\.pt: refused, .*damaged",
+    "format": r"format/iter_0000001: .*\('load_sharded', 'zarr', 9\)",
+    "path outside": r"\.metadata: points to a file outside the checkpoint: '\.\./elsewhere\.distcp'",
+}
+
+
+@pytest.mark.parametrize("case", [*EVIL, *DAMAGED])
+def test_an_altered_checkpoint_is_refused_and_runs_nothing(outcomes, case):
+    kind, message, ran = outcomes[case]
+    assert kind == "CheckpointError", message
+    assert re.search(MESSAGES[case], message), message
+    assert not ran
+
+
+def test_the_guards_are_needed(outcomes, folder):
+    """The fault: without them each of these files runs its code."""
+    assert ranks.run(unguarded, ONE_RANK, folder)[0] == dict.fromkeys(EVIL, True)
+
+
+def test_a_checkpoint_of_another_model_is_refused(outcomes, folder):
+    shape, name = ranks.run(other_models, ONE_RANK, folder)[0]
+    assert re.search(r"good/iter_0000001: does not fit the model or optimizer of this stage: .*mismatch .*\[8\].*\[?9", shape), shape
+    assert re.search(r"does not fit the model or optimizer of this stage: .*other from model not in state dict: .*weight", name), name
+
+
+@pytest.mark.parametrize("value", [[1], "text", 3, None, OrderedDict(a=1), Path("x")])
+def test_metadata_of_another_type_is_refused(tmp_path, value):
+    from megatron_ext.checkpoint.safe_reading import read_metadata
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(value))
+    with pytest.raises(CheckpointError, match=rf"\.metadata: holds a {type(value).__name__}, not checkpoint metadata"):
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["builtins\neval", "os\nsystem", "torch\nload", "torch.serialization\nload", "pathlib\nos.system"])
+def test_other_names_are_refused(tmp_path, name):
+    from megatron_ext.checkpoint.safe_reading import read_metadata
+
+    global_opcode = f"c{name}\n.".encode()
+    stack_global = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in name.split("\n")) + b"\x93."
+    for content in (global_opcode, stack_global):
+        (tmp_path / ".metadata").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"refused: it asks for " + name.replace("\n", ".").replace(".", r"\.")):
+            read_metadata(tmp_path)
+
+
+def test_missing_metadata_is_named(tmp_path):
+    from megatron_ext.checkpoint.safe_reading import read_metadata
+
+    with pytest.raises(CheckpointError, match=r"\.metadata: no such file; the checkpoint is not whole"):
+        read_metadata(tmp_path)
+
+
+def test_damage_anywhere_in_metadata_is_our_error_or_harmless(outcomes, folder, tmp_path):
+    """Cut anywhere, or one byte changed at random: an error of ours, or metadata still; never another exception."""
+    from torch.distributed.checkpoint import Metadata
+
+    from megatron_ext.checkpoint.safe_reading import read_metadata
+
+    content = (checkpoint(folder, "good") / ".metadata").read_bytes()
+    rng = random.Random(0)
+    altered = [content[:length] for length in range(0, len(content), 3)]
+    for _ in range(500):
+        changed = bytearray(content)
+        changed[rng.randrange(len(content))] = rng.randrange(256)
+        altered.append(bytes(changed))
+    refused = 0
+    for one in altered:
+        (tmp_path / ".metadata").write_bytes(one)
+        try:
+            assert isinstance(read_metadata(tmp_path), Metadata)
+        except CheckpointError:
+            refused += 1
+    assert refused > len(content) // 3 + 100
