@@ -22,6 +22,10 @@ class CheckpointError(MegatronExtError, RuntimeError):
     """A checkpoint that is missing, altered, refused, or does not fit."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not what its manifest says: a file missing, cut short, changed. An older one may be whole."""
+
+
 class RunError(MegatronExtError, RuntimeError):
     """A run folder that cannot be used: another recipe, another owner, unfinished parents."""
 

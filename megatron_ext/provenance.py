@@ -5,7 +5,6 @@ The records are torch-free so that plans, trees and reports can read them on a l
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
 import os
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from megatron_ext.config.base import Json, config, from_json, to_json
 from megatron_ext.errors import CheckpointError, DataError
 from megatron_ext.runs import read_json, write_json
+from megatron_ext.snapshot import code_hash
 
 CORPUS, MANIFEST = "corpus.json", "manifest.json"
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "transformers", "sentencepiece", "pydantic")
@@ -26,16 +26,6 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@functools.cache
-def code_hash() -> str:
-    """One hash over this package's source files: names and bytes."""
-    root = Path(__file__).parent
-    total = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return total.hexdigest()
 
 
 def environment() -> Json:

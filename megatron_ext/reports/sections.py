@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.base import Json
-from megatron_ext.provenance import code_hash
 from megatron_ext.reports import format as show
 from megatron_ext.reports import markup, tables
 from megatron_ext.reports.figures import (
@@ -28,6 +27,7 @@ from megatron_ext.reports.markup import Cell, Html
 from megatron_ext.reports.read import Reading
 from megatron_ext.reports.rows import CodeRow
 from megatron_ext.reports.style import stage_colours
+from megatron_ext.snapshot import code_hash
 
 FIGURES = "figures"
 PAGE_PIXELS = 0.69  # of the page for one of a PNG: a figure 10 inches wide fills the column, and text is of one size in all

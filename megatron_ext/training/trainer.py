@@ -12,19 +12,17 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_ext import device
 from megatron_ext.checkpoint import folder as folders
-from megatron_ext.checkpoint.save import Digests, save_checkpoint
-from megatron_ext.config.base import content_hash, to_json
 from megatron_ext.config.memory import pinned_steps
 from megatron_ext.config.schedule import learning_rate
 from megatron_ext.data.loader import HeldOut, Loader, heldouts
 from megatron_ext.data.prepare import Prepared, open_prepared, prepare
 from megatron_ext.distributed import Groups
 from megatron_ext.errors import TrainingError
-from megatron_ext.provenance import Manifest, code_hash
 from megatron_ext.runs import Attempt, Run
 from megatron_ext.training.hooks import Context, Hook, Hooks
-from megatron_ext.training.start import Began, begin, layout_of
-from megatron_ext.training.state import Progress, sharded_state
+from megatron_ext.training.saving import Saver
+from megatron_ext.training.start import Began, begin
+from megatron_ext.training.state import Progress
 from megatron_ext.training.step import StepResult, forward, train_step
 
 
@@ -73,6 +71,7 @@ class _Loop:
         self.flops_per_token = self.run.stage.model.flops_per_token(self.run.stage.budget.sequence_length)
         self.pinned = set(pinned_steps(self.run.stage.budget, plan))
         self._loader = self.loader(0)
+        self.saver = Saver(self.run, self.groups, self.attempt, self.prepared, self.began)
 
     def event(self, name: str, progress: Progress, *arguments: Any) -> None:
         context = Context(self.run, self.attempt, self.groups, self.began.state, progress, self.began.how)
@@ -128,36 +127,7 @@ class _Loop:
 
     def save(self, progress: Progress, rate: float) -> None:
         started = time.perf_counter()
-        pinned = progress.step in self.pinned
-        layout = layout_of(self.run, pinned)
-
-        def manifest(files: Digests) -> Manifest:
-            stage = self.run.stage
-            return Manifest(
-                stage=self.run.name,
-                graph=self.run.graph,
-                attempt=self.attempt.number,
-                iteration=progress.step,
-                tokens=progress.tokens,
-                lineage_tokens=progress.lineage_tokens,
-                learning_rate=rate,
-                science_hash=self.run.science_hash,
-                mixture_hash=content_hash(to_json(stage.mixture)),
-                tokenizer_hash=self.prepared.corpus.tokenizer_hash,
-                code_hash=code_hash(),
-                parent=self.began.parent,
-                ledger=self.prepared.ledger(progress.step),
-                optimizer_layout=layout,  # type: ignore[arg-type]
-                plan=to_json(stage.plan),
-                model=to_json(stage.model),
-                files=files,
-                pinned=pinned,
-            )
-
-        state = sharded_state(self.began.state, layout)
-        path = save_checkpoint(state, self.run.checkpoints_path, progress.step, self.attempt.number, manifest)
-        if self.groups.rank == 0:
-            folders.prune(self.run.checkpoints_path, self.run.stage.plan.keep_checkpoints)
+        path = self.saver.save(progress, rate, pinned=progress.step in self.pinned)
         self.event("checkpoint", progress, path, time.perf_counter() - started)
 
 
