@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("errors",), ("config",), ("runs", "snapshot", "provenance", "metrics", "progress"),
-    ("tokenizer", "device", "cpu_megatron", "distributed"), ("tasks",), ("data",), ("model",), ("checkpoint",), ("training",), ("generation",), ("evaluation",), ("rl",),
+    ("tokenizer", "device", "cpu_megatron", "distributed"), ("tasks",),
+    ("data",), ("model",), ("checkpoint",), ("training",), ("generation",), ("evaluation",), ("rl",),
 )  # fmt: skip
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 LOOKING = {"reports", "launch"}  # read run folders, never objects
