@@ -10,12 +10,10 @@ RUN/DONE              written last; holds the science hash
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ class Run:
     inputs: dict[str, Path]
     science_hash: str
     cluster: Cluster | None = None
+    input_hashes: dict[str, str] = field(default_factory=dict)  # role -> science hash of the run it was made for
 
     @property
     def name(self) -> str:
@@ -128,7 +127,7 @@ def open_run(path: Path) -> Run:
         )
     cluster = from_json(Cluster, values["cluster"], where) if values["cluster"] else None
     folders = {role: (path / item["path"]).resolve() for role, item in values["inputs"].items()}
-    return Run(path, values["graph"], stage, folders, found, cluster)
+    return Run(path, values["graph"], stage, folders, found, cluster, hashes)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -167,7 +166,7 @@ def _identity(values: Json) -> Json:
 
 def mark_done(run: Run, summary: Json) -> None:
     """Write the completion mark, last of all."""
-    write_json(run.path / DONE, {"science_hash": run.science_hash, "finished_at": _now(), **summary})
+    write_json(run.path / DONE, {"science_hash": run.science_hash, "finished_at": now(), **summary})
 
 
 def read_done(run: Run) -> Json:
@@ -185,57 +184,12 @@ def read_done(run: Run) -> Json:
     return values
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One try at a stage, owned by whoever made its folder."""
-
-    number: int
-    path: Path
-
-    @property
-    def log_path(self) -> Path:
-        """The log of rank 0."""
-        return self.path / "log.txt"
-
-    def finish(self, reason: str, **values: Any) -> None:
-        """Record why the attempt ended."""
-        write_json(self.path / "exit.json", {"reason": reason, "at": _now(), **values})
-
-
 def attempt_numbers(run_path: Path) -> list[int]:
     """Numbers of the attempts so far, ascending."""
     folder = run_path / ATTEMPTS
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
-def begin_attempt(run: Run) -> Attempt:
-    """Make the next attempt's folder; mkdir decides between two that try at once."""
-    (run.path / ATTEMPTS).mkdir(parents=True, exist_ok=True)
-    number = max(attempt_numbers(run.path), default=0) + 1
-    while True:
-        folder = run.path / ATTEMPTS / str(number)
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
-            number += 1
-    write_json(
-        folder / "plan.json", {"started_at": _now(), "pid": os.getpid(), "host": os.uname().nodename, "plan": to_json(run.stage.plan)}
-    )
-    return Attempt(number, folder)
-
-
-@contextlib.contextmanager
-def attempting(run: Run) -> Iterator[Attempt]:
-    """An attempt whose end, good or bad, is recorded; single-process stages use it."""
-    attempt = begin_attempt(run)
-    try:
-        yield attempt
-    except BaseException as error:
-        attempt.finish("failed", error=f"{type(error).__name__}: {error}")
-        raise
-    attempt.finish("done")
-
-
-def _now() -> str:
+def now() -> str:
+    """The time with its zone, for records."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -23,6 +23,8 @@ MODEL = ModelConfig(
     vocab_size=VOCAB_SIZE, max_positions=64, tied_embeddings=True,
 )  # fmt: skip
 
+DEAD = r"exit codes|rank \d failed first"  # what ranks.run says when ranks were killed; one may still have seen another die
+
 
 def stage(steps: int = 8, save_every_steps: int = 4, plan: TrainPlan | None = None, **changes: Any) -> TrainStage:
     """A stage of a few steps of 8 sequences on the small corpus."""
@@ -49,8 +51,8 @@ def _train(groups: Any, path: str, kill_after: int | None, fault: str) -> dict[s
     import torch
 
     from megatron_ext import cpu_megatron
+    from megatron_ext.attempts import begin_attempt
     from megatron_ext.distributed import broadcast_object
-    from megatron_ext.runs import begin_attempt
     from megatron_ext.training import trainer
     from megatron_ext.training.hooks import Hook, MetricsHook
 
@@ -68,8 +70,8 @@ def _train(groups: Any, path: str, kill_after: int | None, fault: str) -> dict[s
             seen["rng"].append(_digest(torch.get_rng_state()))
             seen["state"] = context.state
 
-        def checkpoint(self, context: Any, path: Path, seconds: float) -> None:
-            if context.progress.step == kill_after:
+        def checkpoint(self, context: Any, saved: Any) -> None:
+            if saved.progress.step == kill_after:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     with cpu_megatron.shared_steps() if fault == "aliased optimizer step" else _nothing():

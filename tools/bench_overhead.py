@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ext.attempts import begin_attempt
 from megatron_ext.config.base import to_json
 from megatron_ext.config.budget import Budget
 from megatron_ext.config.plan import TrainPlan, micro_batches
@@ -39,7 +40,7 @@ from megatron_ext.config.stages import Scratch, Source, TokenizeStage, TrainStag
 from megatron_ext.data.shards import ShardWriter
 from megatron_ext.metrics import read_metrics
 from megatron_ext.provenance import CORPUS, CorpusIndex, SourceRecord
-from megatron_ext.runs import Run, begin_attempt, open_run, write_json, write_run
+from megatron_ext.runs import Run, open_run, write_json, write_run
 from recipes import demo
 
 BAR = 1.03  # at most 3 % over the bare loop
@@ -177,7 +178,7 @@ def _time_parts(seconds: Counter[str]) -> None:
 
     read = Loader.__iter__
     Loader.__iter__ = timed_batches  # type: ignore[method-assign]
-    timed(trainer, "_place", "place")
+    timed(trainer, "place", "place")
     timed(Loader, "samples_sha256", "samples_sha256")
     timed(MetricsWriter, "write", "metrics write")
     timed(stages._ProgressHook, "step", "progress")

@@ -177,8 +177,9 @@ def speed(stage: TrainStage, groups: Any) -> dict[str, Any]:
 
 def checkpoint(stage: TrainStage, groups: Any) -> dict[str, Any]:
     """Whether a saved and loaded model's next step is that of the model that was saved, for each form of checkpoint."""
-    from megatron_ext.checkpoint.load import load_state, verify
-    from megatron_ext.checkpoint.save import save_checkpoint
+    from megatron_ext.checkpoint.load import load_state
+    from megatron_ext.checkpoint.save import Target, save_checkpoint
+    from megatron_ext.checkpoint.verify import verify
     from megatron_ext.training.state import build_state, load_model, load_optimizer, sharded_state
 
     batches = random_batches(stage, groups.device)
@@ -191,7 +192,7 @@ def checkpoint(stage: TrainStage, groups: Any) -> dict[str, Any]:
         for layout in ("dp_reshardable", "fully_reshardable"):
             began = time.perf_counter()
             manifest = functools.partial(_manifest, stage, layout)
-            paths[layout] = save_checkpoint(sharded_state(first, layout), Path(folder) / layout, 1, 1, manifest)
+            paths[layout] = save_checkpoint(sharded_state(first, layout), Target(Path(folder) / layout, 1, 1, manifest))
             saving[layout] = time.perf_counter() - began
         straight = take_step(first, stage, batches, CHECKPOINT_STEPS - 1)
         straight_sha256 = weights_sha256(first)

@@ -2,17 +2,24 @@
 
 checkpoints/iter_0000500/                    a published checkpoint (has a manifest)
 checkpoints/latest_checkpointed_iteration.txt  Megatron's tracker, written last
-checkpoints/.iter_0000500.attempt-2.tmp/      being written; never read
-checkpoints/.iter_0000500.discarded.tmp/      being deleted; never read
+checkpoints/.attempt-2/                        what attempt 2 has not published: checkpoints being written or deleted; never read
+checkpoints/.iter_0000500.damaged/             set aside by a resume that fell back to an older one
+
+Everything that an attempt publishes it renames out of its own `.attempt-N`. A newer attempt takes that
+folder away, so an owner that was cut off between its last look and its rename has nothing to rename.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, DamagedCheckpointError
 from megatron_ext.provenance import MANIFEST, Manifest, read_manifest
 from megatron_ext.runs import atomic_write
 
@@ -26,9 +33,14 @@ def iteration_path(folder: Path, iteration: int) -> Path:
     return folder / f"iter_{iteration:07d}"
 
 
+def staging_path(folder: Path, attempt: int) -> Path:
+    """Where an attempt keeps what it has not published."""
+    return folder / f".attempt-{attempt}"
+
+
 def aside_path(folder: Path, iteration: int, attempt: int) -> Path:
     """Where an attempt writes a checkpoint before it is published."""
-    return folder / f".iter_{iteration:07d}.attempt-{attempt}.tmp"
+    return iteration_path(staging_path(folder, attempt), iteration)
 
 
 def published(folder: Path) -> list[int]:
@@ -46,45 +58,70 @@ def latest(folder: Path) -> int | None:
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if not _NUMBER.fullmatch(text):
-        raise CheckpointError(f"{tracker}: holds {text[:40]!r}, not an iteration; write the number of a folder iter_* into it")
+        raise DamagedCheckpointError(f"{tracker}: holds {text[:40]!r}, not an iteration; write the number of a folder iter_* into it")
     if int(text) not in published(folder):
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{tracker}: names iteration {text}, but {iteration_path(folder, int(text))} is no published checkpoint; "
             f"published are {published(folder)}: write one of these into the tracker"
         )
     return int(text)
 
 
-def publish(folder: Path, aside: Path, iteration: int) -> Path:
-    """Rename a whole checkpoint into place and move the tracker to it."""
-    target = iteration_path(folder, iteration)
+def publish(folder: Path, iteration: int, attempt: int, may_publish: Callable[[], None] = lambda: None) -> Path:
+    """Rename a whole checkpoint out of an attempt's staging folder into place, then move the tracker to it.
+
+    `may_publish` raises where the attempt has lost the run folder. Losing it after that look makes a
+    rename fail: `FileNotFoundError`, and nothing is published.
+    """
+    target, staging = iteration_path(folder, iteration), staging_path(folder, attempt)
+    tracker = staging / TRACKER
+    atomic_write(tracker, f"{iteration}\n")
+    may_publish()
     if target.exists():  # an earlier attempt got this far but not to the tracker
-        _discard(target)
-    aside.rename(target)
-    atomic_write(folder / TRACKER, f"{iteration}\n")
+        _rename(target, staging / f"replaced-{target.name}")
+    _rename(aside_path(folder, iteration, attempt), target)
+    _rename(tracker, folder / TRACKER)
+    shutil.rmtree(staging)
     return target
 
 
-def _discard(path: Path) -> None:
-    """Unpublish a checkpoint by one rename, then delete it: half of it is never seen as a checkpoint."""
-    doomed = path.with_name(f".{path.name}.discarded.tmp")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+def _rename(path: Path, target: Path) -> None:
+    os.replace(path, target)
 
 
-def remove_unpublished(folder: Path) -> None:
-    """Delete what dead writers left behind."""
-    for path in folder.glob(".iter_*.tmp") if folder.is_dir() else ():
-        shutil.rmtree(path)
+def revoke(folder: Path, attempt: int) -> None:
+    """Take away what other attempts have staged: a stale owner can then publish nothing, and dead writers leave nothing."""
+    for path in folder.glob(".attempt-*") if folder.is_dir() else ():
+        if path != staging_path(folder, attempt):
+            with contextlib.suppress(FileNotFoundError):  # another newer attempt took it at the same moment
+                _rename(path, folder / f".revoked-{uuid.uuid4().hex}")
+    for path in folder.glob(".revoked-*"):
+        shutil.rmtree(path, ignore_errors=True)  # a stale owner may still be writing into it
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the pinned checkpoints, the newest `keep` of the others, and the one that the tracker names."""
+def set_aside_damaged(path: Path) -> Path:
+    """Unpublish a damaged checkpoint by one rename; it is kept to be looked at."""
+    damaged = path.with_name(f".{path.name}.damaged")
+    if damaged.exists():
+        shutil.rmtree(damaged)
+    _rename(path, damaged)
+    return damaged
+
+
+def routine_beyond(folder: Path, keep: int) -> list[int]:
+    """Iterations that may go: all but the pinned, the newest `keep` of the others, and the one that the tracker names."""
     last = latest(folder)
     routine = [i for i in published(folder) if not read_manifest(iteration_path(folder, i)).pinned]
-    for iteration in routine[:-keep]:
-        if iteration != last:
-            _discard(iteration_path(folder, iteration))
+    return [iteration for iteration in routine[:-keep] if iteration != last]
+
+
+def prune(folder: Path, keep: int, attempt: int) -> None:
+    """Delete the routine checkpoints beyond the newest `keep`: each unpublished by one rename, so half of it is never seen."""
+    staging = staging_path(folder, attempt)
+    for iteration in routine_beyond(folder, keep):
+        staging.mkdir(exist_ok=True)
+        _rename(iteration_path(folder, iteration), staging / f"discarded-{iteration}")
+        shutil.rmtree(staging)
 
 
 def find(folder: Path, tokens: int | None, stage: str) -> tuple[Path, Manifest]:

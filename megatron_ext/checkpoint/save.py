@@ -1,157 +1,197 @@
-"""Writing a checkpoint: every rank writes and hashes its own bytes, rank 0 writes the manifest last.
+"""Saving a checkpoint: every rank writes its own part aside, rank 0 publishes the whole.
 
-torch's synchronous file writer does the writing, in this process: Megatron's own writer starts
-helper processes for each save, which costs seconds and gains nothing for a synchronous one.
+    begin (all ranks)    plan together; copy, where the writing is to go on beside the training
+    write (each rank)    data files, hashed and forced to the disk; the outcome goes to the group's store
+    publish (rank 0)     wait for all outcomes; metadata, manifest; one rename, then the tracker
+    finish (all ranks)   wait for rank 0's word: published, or why not
+
+Only `begin` takes part in collectives. Ranks hear of each other through the process group's key-value
+store, so that a rank whose disk is full can say so while the others train on, write or wait.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import datetime
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.failures import first_failure
+from megatron_ext.checkpoint.hashing import Digests
+from megatron_ext.checkpoint.writing import Planned, Written, plan_write
+from megatron_ext.distributed import TIMEOUT_SECONDS
 from megatron_ext.errors import CheckpointError, MegatronExtError
-from megatron_ext.provenance import Manifest, file_sha256, write_manifest
+from megatron_ext.provenance import Manifest, write_manifest
 
-Digests = dict[str, tuple[int, str]]
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.005, 0.5
+WRITTEN, OUTCOME = "written", "outcome"
 
 
-class _HashingStream:
-    """Passes writes on and hashes them; everything else is the file's."""
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint goes, what its manifest says, and who may publish it."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.size_bytes = 0
-        self.refusal: OSError | None = None
+    checkpoints: Path
+    iteration: int
+    attempt: int
+    manifest: Callable[[Digests], Manifest]  # from the digests of all files
+    may_publish: Callable[[], None] = lambda: None  # raises where this writer has lost the right to the run folder
+    tidy: Callable[[], None] = lambda: None  # what rank 0 does after it has published, such as removing old checkpoints
 
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.size_bytes += memoryview(data).nbytes
+    @property
+    def aside(self) -> Path:
+        """Where it is written."""
+        return folders.aside_path(self.checkpoints, self.iteration, self.attempt)
+
+
+@dataclass
+class Save:
+    """A save under way on this rank."""
+
+    target: Target
+    planned: Planned
+    prefix: str
+    started: float
+    stall_seconds: float = 0.0  # how long training waited for `begin`
+    seconds: float = 0.0  # from begin to publish, once finished
+    warning: str = ""  # what went wrong after the publish
+    _thread: threading.Thread | None = None
+    _store: Any = field(default_factory=lambda: _get_default_store().clone())  # a thread needs one of its own
+    _writers_store: Any = field(default_factory=lambda: _get_default_store().clone())
+
+    def is_over(self) -> bool:
+        """Whether rank 0 has said how it ended; never waits."""
+        return bool(self._store.check([self.prefix + OUTCOME]))
+
+    def finish(self) -> Path:
+        """Wait for the end. The published folder; `CheckpointError` or `RunError`, the same on every rank, where there is none."""
+        if self._thread is not None:
+            self._thread.join()
+        outcome = json.loads(_wait(self._store, self.prefix + OUTCOME))
+        self.seconds = time.perf_counter() - self.started
+        self.warning = outcome.get("warning", "")
+        if outcome["error"]:
+            kind = next((kind for kind in _family(MegatronExtError) if kind.__name__ == outcome["kind"]), CheckpointError)
+            raise kind(outcome["error"])
+        return folders.iteration_path(self.target.checkpoints, self.target.iteration)
+
+    def run(self) -> None:
+        """Write this rank's part, tell the others, and on rank 0 publish. Failures go to the store, never past it."""
+        failure = ""
         try:
-            return int(self._file.write(data))
-        except OSError as refusal:
-            self.refusal = refusal
-            raise
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-class _HashingFileSystem(FileSystem):
-    """A file system that remembers the digest of every file it wrote."""
-
-    def __init__(self) -> None:
-        self.digests: Digests = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as file:
-            if "w" not in mode:
-                yield file
-                return
-            stream = _HashingStream(file)
-            try:
-                yield stream
-            except RuntimeError as error:  # what torch.save makes of it: "unexpected pos 704 vs 598"
-                raise stream.refusal or error from None
-            self.digests[Path(path).name] = (stream.size_bytes, stream.sha256.hexdigest())
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        super().rename(path, new_path)
-        self.digests[Path(new_path).name] = self.digests.pop(Path(path).name)
-
-
-class HashingStrategy(SaveShardedStrategy):
-    """Megatron's torch_dist format by torch's synchronous writer, with digests."""
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-        self.digests: Digests = {}
-
-    def can_handle_sharded_objects(self) -> bool:
-        """Sharded objects become byte entries of the same files."""
-        return True
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Write this rank's part and, on rank 0, `.metadata`."""
-        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        writer = FileSystemWriter(checkpoint_dir, sync_files=True)
-        writer.fs = _HashingFileSystem()
-        planner = MCoreSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=False)
-        torch_checkpoint.save(mcore_to_pyt_state_dict(renamed, False), storage_writer=writer, planner=planner)
-        self.digests = writer.fs.digests
-
-
-def save_checkpoint(
-    state_dict: dict[str, Any],
-    checkpoints: Path,
-    iteration: int,
-    attempt: int,
-    manifest: Callable[[Digests], Manifest],
-    may_publish: Callable[[], None] = lambda: None,
-) -> Path:
-    """Write `state_dict` aside on all ranks, then publish it from rank 0.
-
-    `manifest` makes the manifest from the digests of all files; `may_publish` raises where this
-    writer has lost the right to the run folder. Raises `CheckpointError` where the disk refuses.
-    """
-    aside = folders.aside_path(checkpoints, iteration, attempt)
-    try:
-        digests = _write(state_dict, aside)
+            told = self.planned.write().to_json()
+        except (OSError, RuntimeError, CheckpointException) as error:  # torch's writers turn an OSError into a RuntimeError
+            told, failure = "", str(first_failure(error))
+        store = self._writers_store
+        store.set(f"{self.prefix}{WRITTEN}/{dist.get_rank()}", json.dumps({"failure": failure, "written": told}))
         if dist.get_rank() == 0:
-            write_manifest(aside, manifest(digests))
-            _sync(aside)
-            may_publish()
-            folders.publish(checkpoints, aside, iteration)
-            _sync(checkpoints)
-        dist.barrier()
-    except (OSError, RuntimeError, CheckpointException) as error:  # torch's own writers turn an OSError into a RuntimeError
-        cause = first_failure(error)
-        if isinstance(cause, MegatronExtError):
-            raise cause from None
-        raise CheckpointError(
-            f"{aside}: could not be written: {cause}; make room on its disk, if that is full, and start the stage again: "
-            f"the last published checkpoint stands"
-        ) from cause
-    return folders.iteration_path(checkpoints, iteration)
+            store.set(self.prefix + OUTCOME, json.dumps(self._publish(store)))
+
+    def _publish(self, store: Any) -> dict[str, str]:
+        try:
+            _publish(self.target, self.planned, _gather(store, self.prefix))
+        except MegatronExtError as error:
+            return {"kind": type(error).__name__, "error": str(error)}
+        except (OSError, RuntimeError) as error:
+            return {"kind": CheckpointError.__name__, "error": _refusal(self.target.aside, error)}
+        try:
+            self.target.tidy()
+        except (OSError, MegatronExtError) as error:
+            return {"error": "", "warning": f"{self.target.checkpoints}: old checkpoints could not be removed: {error}"}
+        return {"error": ""}
 
 
-def _write(state_dict: dict[str, Any], aside: Path) -> Digests:
-    """Write all ranks' files aside, force them to the disk, and gather their digests."""
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    strategy = HashingStrategy()
-    dist_checkpointing.save(state_dict, str(aside), sharded_strategy=strategy)
-    gathered: list[Digests | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, strategy.digests)
-    digests = {name: digest for part in gathered if part for name, digest in part.items()}
-    if dist.get_rank() == 0:
-        for path in sorted(aside.iterdir()):
-            if path.name not in digests:  # Megatron's own small files: common.pt, metadata.json
-                digests[path.name] = (path.stat().st_size, file_sha256(path))
-                _sync(path)
-    return digests
+def begin_save(state_dict: dict[str, Any], target: Target, beside: bool = False) -> Save:
+    """Start a save on all ranks (collective); with `beside` it goes on in a thread, from a copy of the state.
+
+    One save at a time: finish one before the next begins. Raises `CheckpointError` where the state cannot be planned.
+    """
+    started = time.perf_counter()
+    try:
+        planned = plan_write(state_dict, target.aside, copy=beside)
+    except CheckpointException as error:
+        raise CheckpointError(f"{target.aside}: could not be planned: {first_failure(error)}") from error
+    prefix = f"save/{target.checkpoints}/{target.iteration}/{_number()}/"
+    save = Save(target, planned, prefix, started)
+    if beside:
+        save._thread = threading.Thread(target=save.run, name=f"save {target.iteration}")
+        save._thread.start()
+    else:
+        save.run()
+    save.stall_seconds = time.perf_counter() - started
+    return save
+
+
+_begun = [0]
+
+
+def _number() -> int:
+    """How many saves this process has begun: the same on every rank, and never used again."""
+    _begun[0] += 1
+    return _begun[0]
+
+
+def save_checkpoint(state_dict: dict[str, Any], target: Target) -> Path:
+    """Write and publish a checkpoint and wait for it; the published folder."""
+    return begin_save(state_dict, target).finish()
+
+
+def _gather(store: Any, prefix: str) -> list[Written]:
+    """What every rank wrote; `OSError` of the first that could not."""
+    keys = [f"{prefix}{WRITTEN}/{rank}" for rank in range(dist.get_world_size())]
+    told = [json.loads(_wait(store, key)) for key in keys]
+    for key in keys:
+        store.delete_key(key)
+    for rank, one in enumerate(told):
+        if one["failure"]:
+            raise OSError(one["failure"] + (f" (rank {rank})" if rank else ""))
+    return [Written.from_json(one["written"]) for one in told]
+
+
+def _publish(target: Target, planned: Planned, ranks: list[Written]) -> None:
+    digests = planned.finish(ranks)
+    write_manifest(target.aside, target.manifest(digests))
+    _sync(target.aside)
+    folders.publish(target.checkpoints, target.iteration, target.attempt, target.may_publish)
+    _sync(target.checkpoints)
+
+
+def _refusal(aside: Path, error: Exception) -> str:
+    """What is said of a write that failed; what was written of it is deleted, all ranks having ended theirs."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(aside)
+    return (
+        f"{aside}: could not be written: {error}; make room on its disk, if that is full, and start the stage again: "
+        f"the last published checkpoint stands"
+    )
+
+
+def _wait(store: Any, key: str) -> str:
+    """A key's value, once it is there."""
+    deadline, pause_seconds = time.monotonic() + TIMEOUT_SECONDS, POLL_SECONDS
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            raise CheckpointError(f"no word of {key} after {datetime.timedelta(seconds=TIMEOUT_SECONDS)}: a rank hangs or is lost")
+        time.sleep(pause_seconds)
+        pause_seconds = min(1.2 * pause_seconds, LONGEST_POLL_SECONDS)  # a thousand ranks ask one store
+    value: bytes = store.get(key)
+    return value.decode()
+
+
+def _family(kind: type[MegatronExtError]) -> list[type[MegatronExtError]]:
+    return [kind, *(one for child in kind.__subclasses__() for one in _family(child))]
 
 
 def _sync(path: Path) -> None:

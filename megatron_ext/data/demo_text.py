@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_ext.attempts import attempting
 from megatron_ext.config.base import Json
 from megatron_ext.config.stages import TextStage
 from megatron_ext.data import arithmetic
 from megatron_ext.data.arithmetic import Problem
 from megatron_ext.errors import DataError
 from megatron_ext.provenance import environment, file_sha256
-from megatron_ext.runs import PROVENANCE, Run, atomic_write, attempting, mark_done, write_json
+from megatron_ext.runs import PROVENANCE, Run, atomic_write, mark_done, write_json
 
 MATH_PACKAGES = ("networkx", "numpy", "scipy", "sympy")
 STDLIB_MATH = ("_pydecimal.py", "fractions.py", "numbers.py", "random.py", "statistics.py")

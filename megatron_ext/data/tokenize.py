@@ -14,6 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
+from megatron_ext.attempts import attempting
 from megatron_ext.config.base import Json, content_hash, to_json
 from megatron_ext.config.stages import Source, TokenizeStage
 from megatron_ext.data.shards import SUFFIXES, Split
@@ -22,7 +23,7 @@ from megatron_ext.data.tokenize_slice import MOST_EXAMPLES, SliceRecord, SliceTa
 from megatron_ext.data.tokenize_workers import tokenize_slices
 from megatron_ext.errors import DataError
 from megatron_ext.provenance import CORPUS, CorpusIndex, SourceRecord, environment
-from megatron_ext.runs import PROVENANCE, Run, attempting, mark_done, open_run, read_done, write_json
+from megatron_ext.runs import PROVENANCE, Run, mark_done, open_run, read_done, write_json
 from megatron_ext.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1  # of shards and slice records; another one does finished slices again

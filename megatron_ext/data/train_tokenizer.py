@@ -16,10 +16,11 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_ext.attempts import attempting
 from megatron_ext.config.stages import TokenizerStage
 from megatron_ext.errors import DataError
 from megatron_ext.provenance import environment, file_sha256
-from megatron_ext.runs import PROVENANCE, Run, attempting, mark_done, open_run, read_done, write_json
+from megatron_ext.runs import PROVENANCE, Run, mark_done, open_run, read_done, write_json
 from megatron_ext.tokenizer import SENTENCEPIECE, SentencePieceTokenizer
 
 SAMPLE_CHARACTERS = 400_000  # of every source, so that the largest does not own the vocabulary

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_ext.attempts import attempting
 from megatron_ext.config.base import Json
 from megatron_ext.reports import markup
 from megatron_ext.reports.lead import lead
 from megatron_ext.reports.notes import notes
 from megatron_ext.reports.read import gather
 from megatron_ext.reports.sections import FIGURES, SECTIONS, Board
-from megatron_ext.runs import Run, atomic_write, attempting, mark_done, write_json
+from megatron_ext.runs import Run, atomic_write, mark_done, write_json
 
 PAGE, SUMMARY = "index.html", "summary.json"
 SUMMARY_FORMAT = 1

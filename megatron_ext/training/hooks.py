@@ -4,8 +4,12 @@
 |------------|------------------------------------------|-------------------------------------|
 | start      | weights are in place, before any step    |                                     |
 | step       | after an optimizer step                  | the step's metrics                  |
+| skip       | after a batch was left out               | what was found                      |
+| stop       | before a step that cannot be trained on  | what was found                      |
+|            | stops the stage                          |                                     |
+| roll_back  | after an older checkpoint was loaded     | what was found, at which step       |
 | validation | after held-out losses were computed      | one record per source               |
-| checkpoint | after a checkpoint was published         | its path, seconds it took           |
+| checkpoint | after a save ended                       | how: what was published, or why not |
 | end        | after the last step's checkpoint         |                                     |
 """
 
@@ -16,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.attempts import Attempt
 from megatron_ext.distributed import Groups
 from megatron_ext.metrics import MetricsWriter
-from megatron_ext.runs import Attempt, Run
+from megatron_ext.runs import Run
 from megatron_ext.training.state import Progress, TrainState
 
 Record = dict[str, Any]
@@ -36,6 +41,17 @@ class Context:
     how: str  # scratch, weights, branch or resume
 
 
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended."""
+
+    progress: Progress  # what it holds
+    path: Path | None  # published; None: it failed, and training goes on by policy
+    seconds: float  # from its begin to its end
+    stall_seconds: float  # of them, how long training waited
+    problem: str = ""  # why it failed, or what else went wrong
+
+
 class Hook:
     """Does nothing at every event; override what is wanted. Called on every rank, in the order given."""
 
@@ -45,11 +61,20 @@ class Hook:
     def step(self, context: Context, metrics: Record) -> None:
         """After a step."""
 
+    def skip(self, context: Context, found: Record) -> None:
+        """After a batch was left out; the step counts as finished."""
+
+    def stop(self, context: Context, found: Record) -> None:
+        """Before the stage stops at a step that is not finished."""
+
+    def roll_back(self, context: Context, found: Record) -> None:
+        """After an older checkpoint was loaded; training goes on from there."""
+
     def validation(self, context: Context, records: list[Record]) -> None:
         """After a validation."""
 
-    def checkpoint(self, context: Context, path: Path, seconds: float) -> None:
-        """After a publish."""
+    def checkpoint(self, context: Context, saved: Saved) -> None:
+        """After a save."""
 
     def end(self, context: Context) -> None:
         """After the stage's last checkpoint."""
@@ -70,7 +95,25 @@ class MetricsHook(Hook):
         """One `train` record every `log_every_steps`, and one at each joint: the first step and the last."""
         step, stage = context.progress.step, context.run.stage
         if self._writer and (step in (1, stage.budget.steps) or step % stage.plan.log_every_steps == 0):
+            context.attempt.check_owner()
             self._writer.write("train", context.progress.step, metrics)
+
+    def skip(self, context: Context, found: Record) -> None:
+        """One `skip` record."""
+        self._write(context, "skip", context.progress.step, found)
+
+    def stop(self, context: Context, found: Record) -> None:
+        """One `stop` record, under the number of the step that was not done."""
+        self._write(context, "stop", context.progress.step + 1, found)
+
+    def roll_back(self, context: Context, found: Record) -> None:
+        """One `roll_back` record; what was recorded after its step is done again."""
+        self._write(context, "roll_back", context.progress.step, found)
+
+    def _write(self, context: Context, kind: str, step: int, values: Record) -> None:
+        if self._writer:
+            context.attempt.check_owner()
+            self._writer.write(kind, step, values)
 
     def validation(self, context: Context, records: list[Record]) -> None:
         """One `validation` record a source."""
@@ -78,11 +121,16 @@ class MetricsHook(Hook):
             assert self._writer is not None
             self._writer.write("validation", context.progress.step, record)
 
-    def checkpoint(self, context: Context, path: Path, seconds: float) -> None:
-        """One `checkpoint` record."""
-        if self._writer:
-            size_bytes = sum(p.stat().st_size for p in path.iterdir())
-            self._writer.write("checkpoint", context.progress.step, {"path": path.name, "seconds": seconds, "bytes": size_bytes})
+    def checkpoint(self, context: Context, saved: Saved) -> None:  # noqa: ARG002
+        """One `checkpoint` record, or `failed_save`."""
+        if self._writer is None:
+            return
+        took = {"seconds": saved.seconds, "stall_seconds": saved.stall_seconds}
+        if saved.path is None:
+            self._writer.write("failed_save", saved.progress.step, {**took, "problem": saved.problem})
+            return
+        size_bytes = sum(p.stat().st_size for p in saved.path.iterdir())
+        self._writer.write("checkpoint", saved.progress.step, {"path": saved.path.name, "bytes": size_bytes, **took})
 
     def end(self, context: Context) -> None:  # noqa: ARG002
         """Close the file."""
@@ -97,13 +145,26 @@ class LogHook(Hook):
         """Say from where."""
         self._say(context, f"attempt {context.attempt.number} of stage '{context.run.name}' begins ({context.how})")
 
+    def skip(self, context: Context, found: Record) -> None:
+        """Say that a batch was left out, and why."""
+        self._say(context, f"WARNING: the batch was left out ({found['reason']}): {found}")
+
+    def roll_back(self, context: Context, found: Record) -> None:
+        """Say from where training goes on, and why."""
+        self._say(context, f"WARNING: went back to here from step {found['at_step']} ({found['reason']}): {found}")
+
     def validation(self, context: Context, records: list[Record]) -> None:
         """Say the held-out losses."""
         self._say(context, "held-out loss: " + ", ".join(f"{r['source']} {r['loss']:.4f}" for r in records))
 
-    def checkpoint(self, context: Context, path: Path, seconds: float) -> None:
-        """Say what was published."""
-        self._say(context, f"published {path.name} in {seconds:.2f} s")
+    def checkpoint(self, context: Context, saved: Saved) -> None:
+        """Say what was published, or why nothing was."""
+        if saved.path is not None:
+            self._say(
+                context, f"published {saved.path.name} after {saved.seconds:.2f} s, of which training waited {saved.stall_seconds:.2f} s"
+            )
+        if saved.problem:
+            self._say(context, f"WARNING: {saved.problem}")
 
     def end(self, context: Context) -> None:
         """Say that this was all."""

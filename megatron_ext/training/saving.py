@@ -1,18 +1,27 @@
-"""A stage's checkpoints: what the manifest says of the training, when one is written, which are kept."""
+"""A stage's checkpoints: what the manifest says of the training, when one is written, which are kept.
+
+One save is under way at a time. A synchronous one is settled before the next step; an asynchronous
+one when its publish is seen at a step's end, on all ranks at the same step.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
+from megatron_ext.attempts import Attempt
 from megatron_ext.checkpoint import folder as folders
-from megatron_ext.checkpoint.save import Digests, save_checkpoint
+from megatron_ext.checkpoint.hashing import Digests
+from megatron_ext.checkpoint.save import Save, Target, begin_save
 from megatron_ext.config.base import content_hash, to_json
 from megatron_ext.data.prepare import Prepared
-from megatron_ext.distributed import Groups
+from megatron_ext.distributed import Groups, any_rank
+from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.provenance import Manifest
-from megatron_ext.runs import Attempt, Run
+from megatron_ext.runs import Run
 from megatron_ext.snapshot import code_hash
+from megatron_ext.training.guard import GuardState
+from megatron_ext.training.hooks import Saved
 from megatron_ext.training.start import Began, layout_of
 from megatron_ext.training.state import Progress, sharded_state
 
@@ -26,21 +35,55 @@ class Saver:
     attempt: Attempt
     prepared: Prepared
     began: Began
+    _under_way: tuple[Save, Progress] | None = None
 
-    def save(self, progress: Progress, rate: float, pinned: bool) -> Path:
-        """Write and publish a checkpoint, then remove those that need not be kept."""
-        layout = layout_of(self.run, pinned)
-
-        def manifest(files: Digests) -> Manifest:
-            return self._manifest(progress, rate, layout, pinned, files)
-
+    def begin(self, progress: Progress, rate: float, pinned: bool, guard: GuardState) -> None:
+        """Begin a save of the state as it is; the one before must be settled."""
+        assert self._under_way is None, "two saves at a time"
+        plan, layout = self.run.stage.plan, layout_of(self.run, pinned)
+        target = Target(
+            checkpoints=self.run.checkpoints_path,
+            iteration=progress.step,
+            attempt=self.attempt.number,
+            manifest=partial(self._manifest, progress, rate, layout, pinned, guard),
+            may_publish=self.attempt.check_owner,
+            tidy=partial(folders.prune, self.run.checkpoints_path, plan.keep_checkpoints, self.attempt.number),
+        )
         state = sharded_state(self.began.state, layout)
-        path = save_checkpoint(state, self.run.checkpoints_path, progress.step, self.attempt.number, manifest)
-        if self.groups.rank == 0:
-            folders.prune(self.run.checkpoints_path, self.run.stage.plan.keep_checkpoints)
-        return path
+        self._under_way = begin_save(state, target, beside=plan.asynchronous_saves), progress
 
-    def _manifest(self, progress: Progress, rate: float, layout: str, pinned: bool, files: Digests) -> Manifest:
+    def settle(self, wait: bool) -> Saved | None:
+        """How the save under way ended, once all ranks know; None where there is none, or where it goes on and `wait` is not set.
+
+        Raises `RunError` where this attempt lost the run folder, and `CheckpointError` for a failed write,
+        unless plan.on_failed_save=go_on and it was not the stage's last.
+        """
+        if self._under_way is None:
+            return None
+        save, progress = self._under_way
+        if not wait and any_rank(not save.is_over(), self.groups):
+            return None
+        self._under_way = None
+        try:
+            path = save.finish()
+        except CheckpointError as error:
+            plan, last = self.run.stage.plan, progress.step == self.run.stage.budget.steps
+            if plan.on_failed_save == "stop" or last:
+                raise
+            return Saved(progress, None, save.seconds, save.stall_seconds, f"{error}. Training goes on (plan.on_failed_save=go_on)")
+        return Saved(progress, path, save.seconds, save.stall_seconds, save.warning)
+
+    def close(self) -> None:
+        """Let a save that is under way end, whatever stopped the training; its failure is printed and hides no other."""
+        if self._under_way is None:
+            return
+        (save, progress), self._under_way = self._under_way, None
+        try:
+            print(f"step {progress.step}: published {save.finish().name}", flush=True)
+        except MegatronExtError as error:
+            print(f"step {progress.step}: {error}", flush=True)
+
+    def _manifest(self, progress: Progress, rate: float, layout: str, pinned: bool, guard: GuardState, files: Digests) -> Manifest:
         stage = self.run.stage
         return Manifest(
             stage=self.run.name,
@@ -61,4 +104,6 @@ class Saver:
             model=to_json(stage.model),
             files=files,
             pinned=pinned,
+            skipped=guard.skipped,
+            guard=guard.to_json(),
         )

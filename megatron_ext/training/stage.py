@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_ext import device
+from megatron_ext.attempts import Attempt, begin_attempt
 from megatron_ext.distributed import Groups, broadcast_object, environment_ranks, process_groups
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.progress import Meter, progress
 from megatron_ext.provenance import environment, read_corpus
-from megatron_ext.runs import PROVENANCE, Attempt, Run, begin_attempt, mark_done, write_json
+from megatron_ext.runs import PROVENANCE, Run, mark_done, write_json
 from megatron_ext.training.hooks import Context, Hook, LogHook, MetricsHook, Record
 from megatron_ext.training.trainer import train
 
@@ -34,12 +35,14 @@ def run_train(run: Run) -> None:
     started = time.perf_counter()
     with process_groups(run.stage.plan) as groups:
         attempt = broadcast_object(begin_attempt(run) if rank == 0 else None)
-        with _logging_to(_log_path(run, attempt, groups)), _recording_end(attempt, rank):
+        beating = attempt.beating() if rank == 0 else contextlib.nullcontext()
+        with _logging_to(_log_path(run, attempt, groups)), beating, _recording_end(attempt, rank):
             if rank == 0:
                 _write_provenance(run, groups)
             summary = _Summary()
             train(run, groups, attempt, [MetricsHook(), LogHook(), _ProgressHook(terminal), summary])
             if rank == 0:
+                attempt.check_owner()
                 seconds = round(time.perf_counter() - started, 2)
                 mark_done(run, {**summary.values, "seconds": seconds, "peak_memory_bytes": device.peak_memory_bytes(run.stage.plan.device)})
 

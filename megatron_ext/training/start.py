@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext.attempts import Attempt
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.load import load_state
 from megatron_ext.config.base import to_json
@@ -24,6 +25,7 @@ from megatron_ext.distributed import Groups
 from megatron_ext.errors import CheckpointError, RunError
 from megatron_ext.provenance import MANIFEST, Manifest, Parent, file_sha256, read_manifest
 from megatron_ext.runs import Run, open_run
+from megatron_ext.training.fallback import check_whole, newest_whole
 from megatron_ext.training.state import (
     Progress,
     TrainState,
@@ -45,16 +47,27 @@ class Began:
     progress: Progress
     how: str
     parent: Parent | None
+    manifest: Manifest | None = None  # of the checkpoint that was loaded, this stage's or its parent's
 
 
-def begin(run: Run, groups: Groups, prepared: Prepared) -> Began:
+def begin(run: Run, groups: Groups, attempt: Attempt, prepared: Prepared) -> Began:
     """Build model and optimizer and load what the start says; `CheckpointError` where it cannot be."""
-    iteration = folders.latest(run.checkpoints_path)
-    if iteration is not None:
-        return _resume(run, groups, folders.iteration_path(run.checkpoints_path, iteration))
+    own = newest_whole(run, groups, attempt)
+    return first_weights(run, groups, prepared) if own is None else resume(run, groups, own)
+
+
+def reload(run: Run, groups: Groups, attempt: Attempt, state: TrainState) -> Began | None:
+    """The stage's newest checkpoint loaded over `state`; None, and `state` as it was, where the stage has published none."""
+    own = newest_whole(run, groups, attempt)
+    return None if own is None else resume(run, groups, own, state)
+
+
+def first_weights(run: Run, groups: Groups, prepared: Prepared) -> Began:
+    """The state before a stage's first step: its parent's checkpoint, or its seed."""
     if isinstance(run.stage.start, Scratch):
         return Began(build_state(run.stage, groups, run.stage.seed), Progress(), "scratch", None)
     path, manifest = parent_checkpoint(run)
+    check_whole(path, groups)
     check_tokenizer(prepared.corpus, manifest.tokenizer_hash, f"the checkpoint {path}")
     _check_ledger(prepared, manifest, path)
     state = build_state(run.stage, groups, None)
@@ -64,19 +77,30 @@ def begin(run: Run, groups: Groups, prepared: Prepared) -> Began:
         load_model(state, load_state(sharded_model(state), path))
         state.optimizer.reload_model_params()
     progress = Progress(lineage_tokens=manifest.lineage_tokens)
-    return Began(state, progress, run.stage.start.kind, _parent(run, path, manifest))
+    return Began(state, progress, run.stage.start.kind, _parent(run, path, manifest), manifest)
 
 
 def parent_checkpoint(run: Run) -> tuple[Path, Manifest]:
     """The checkpoint that a `weights` or `branch` start names; 'last' asks for a finished parent."""
     parent = open_run(run.inputs["start"])
+    if parent.science_hash != run.input_hashes["start"]:
+        raise RunError(
+            f"{parent.path}: holds science {parent.science_hash[:12]}, stage '{run.name}' was made for {run.input_hashes['start'][:12]}: "
+            f"the parent was begun again with another recipe; delete {run.path} and launch the graph again"
+        )
     tokens = run.stage.start.tokens
     if tokens is None and not parent.is_done():
         raise RunError(
             f"{parent.path}: stage '{run.name}' starts from the last checkpoint of '{parent.name}', which is not finished; "
             f"run it to its end, or name a point of it: {run.stage.start.kind.capitalize()}(stage='{parent.name}', tokens=...)"
         )
-    return folders.find(parent.checkpoints_path, tokens, parent.name)
+    path, manifest = folders.find(parent.checkpoints_path, tokens, parent.name)
+    if manifest.science_hash != parent.science_hash:
+        raise CheckpointError(
+            f"{path}: belongs to science {manifest.science_hash[:12]}, its run '{parent.name}' is {parent.science_hash[:12]}; "
+            f"the checkpoint was copied from another run: remove it from {parent.checkpoints_path}"
+        )
+    return path, manifest
 
 
 def layout_of(run: Run, pinned: bool) -> str:
@@ -86,16 +110,18 @@ def layout_of(run: Run, pinned: bool) -> str:
     return "fully_reshardable" if pinned else "dp_reshardable"
 
 
-def _resume(run: Run, groups: Groups, path: Path) -> Began:
+def resume(run: Run, groups: Groups, path: Path, state: TrainState | None = None) -> Began:
+    """One of the stage's own checkpoints, loaded over `state` or (None) into a state made for it."""
     manifest = read_manifest(path)
     if manifest.science_hash != run.science_hash:
         raise CheckpointError(
             f"{path}: belongs to science {manifest.science_hash[:12]}, this run is {run.science_hash[:12]}; "
             f"the checkpoint was copied from another run: remove it from {run.checkpoints_path}"
         )
-    state = build_state(run.stage, groups, None)
+    state = state or build_state(run.stage, groups, None)
     _load_all(state, run, path, manifest)
-    return Began(state, Progress(manifest.iteration, manifest.tokens, manifest.lineage_tokens), "resume", manifest.parent)
+    progress = Progress(manifest.iteration, manifest.tokens, manifest.lineage_tokens)
+    return Began(state, progress, "resume", manifest.parent, manifest)
 
 
 def _load_all(state: TrainState, run: Run, path: Path, manifest: Manifest) -> None:

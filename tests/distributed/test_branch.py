@@ -16,7 +16,7 @@ from megatron_ext.provenance import read_manifest
 from megatron_ext.runs import mark_done
 from megatron_ext.training.start import parent_checkpoint
 from tests.small_corpus import train_run, write_corpus
-from tests.training_runs import stage, trace
+from tests.training_runs import DEAD, stage, trace
 
 OTHER = Mixture(rows=(Row(source="web", weight=0.25), Row(source="qa", weight=0.75)))
 DECAY = Schedule(shape="cosine", peak=1e-2, floor_fraction=0.1)
@@ -98,7 +98,7 @@ def test_the_branchs_own_optimizer_numbers_are_used(parent):
 def test_resume_right_after_the_joint_is_exact(parent):
     straight = trace(child(parent, "straight", plan=stage(save_every_steps=1).plan))
     run = child(parent, "killed", plan=stage(save_every_steps=1).plan)
-    with pytest.raises(AssertionError, match="exit codes"):
+    with pytest.raises(AssertionError, match=DEAD):
         trace(run, kill_after=1)
     resumed = trace(run)
     assert resumed["steps"] == straight["steps"][1:]

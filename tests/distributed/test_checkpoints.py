@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_ext.checkpoint import folder as folders
-from megatron_ext.checkpoint.load import check_files, verify
+from megatron_ext.checkpoint.verify import check_files, verify
 from megatron_ext.errors import CheckpointError
 from megatron_ext.provenance import MANIFEST, read_manifest, write_manifest
 from megatron_ext.runs import write_run
@@ -139,12 +139,14 @@ def layout_of(plan: Any) -> str:
 
 def save_after_two(groups: Any, stage: Any, folder: str) -> Any:
     """Train two steps and save; the state then, and the next step."""
-    from megatron_ext.checkpoint.save import save_checkpoint
+    from megatron_ext.checkpoint.save import Target, save_checkpoint
     from megatron_ext.training.state import build_state, sharded_state
 
     state, layout = build_state(stage, groups, SEED), layout_of(stage.plan)
     train_steps(state, stage, [0, 1])
-    save_checkpoint(sharded_state(state, layout), Path(folder), 2, 1, lambda files: manifest(2, optimizer_layout=layout, files=files))
+    save_checkpoint(
+        sharded_state(state, layout), Target(Path(folder), 2, 1, lambda files: manifest(2, optimizer_layout=layout, files=files))
+    )
     return *state_of(state, layout), train_steps(state, stage, [2, 3])
 
 
@@ -235,7 +237,7 @@ def interrupted(corpus):
     plan = replace(CPU, micro_batch=4, pin_every_tokens=2 * TOKENS_PER_STEP)
     stage = replace(training_runs.stage(steps=STEPS, save_every_steps=1, plan=plan), name="changed plan")
     run = train_run(corpus, stage)
-    with pytest.raises(AssertionError, match="exit codes"):
+    with pytest.raises(AssertionError, match=training_runs.DEAD):
         training_runs.trace(run, kill_after=3)
     straight = training_runs.trace(train_run(corpus, replace(stage, name="unchanged plan")))
     assert folders.published(run.checkpoints_path) == [1, 2, 3]

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ext.config.plan import TrainPlan
 from tests.small_corpus import train_run, write_corpus
-from tests.training_runs import stage, trace
+from tests.training_runs import DEAD, stage, trace
 
 CPU = TrainPlan(device="cpu")
 PLANS = {
@@ -28,7 +28,7 @@ def corpus(tmp_path_factory):
 
 def interrupted(run, after):
     """Train, be killed after the checkpoint of step `after`, train on; the resumed part's trace."""
-    with pytest.raises(AssertionError, match="exit codes"):
+    with pytest.raises(AssertionError, match=DEAD):
         trace(run, kill_after=after)
     return trace(run)
 
@@ -55,7 +55,7 @@ def test_resume_after_the_first_and_before_the_last_step(corpus, after):
 def test_a_deliberate_fault_is_noticed(corpus, fault):
     straight = trace(train_run(corpus, replace(stage(), name=f"straight {fault}")))
     run = train_run(corpus, replace(stage(), name=f"resumed {fault}"))
-    with pytest.raises(AssertionError, match="exit codes"):
+    with pytest.raises(AssertionError, match=DEAD):
         trace(run, kill_after=4)
     resumed = trace(run, fault=fault)
     assert resumed["digests"] != straight["digests"]

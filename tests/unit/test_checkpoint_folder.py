@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_ext.checkpoint import folder as folders
-from megatron_ext.errors import CheckpointError
-from megatron_ext.provenance import MANIFEST, write_manifest
+from megatron_ext.errors import CheckpointError, RunError
+from megatron_ext.provenance import MANIFEST, read_manifest, write_manifest
 from tests.small_checkpoints import TOKENS_PER_STEP, manifest
 
 
@@ -24,7 +25,8 @@ def written(folder: Path, iteration: int, attempt: int = 1, pinned: bool = False
 
 def publish(folder: Path, *iterations: int, pinned: tuple[int, ...] = ()) -> None:
     for iteration in iterations:
-        folders.publish(folder, written(folder, iteration, pinned=iteration in pinned), iteration)
+        written(folder, iteration, pinned=iteration in pinned)
+        folders.publish(folder, iteration, 1)
 
 
 def names(folder: Path) -> list[str]:
@@ -34,7 +36,7 @@ def names(folder: Path) -> list[str]:
 def test_names_are_megatrons_own(tmp_path):
     assert folders.iteration_path(tmp_path, 500).name == "iter_0000500"
     assert folders.iteration_path(tmp_path, 12_345_678).name == "iter_12345678"
-    assert folders.aside_path(tmp_path, 500, 2).name == ".iter_0000500.attempt-2.tmp"
+    assert folders.aside_path(tmp_path, 500, 2) == tmp_path / ".attempt-2" / "iter_0000500"
     assert folders.TRACKER == "latest_checkpointed_iteration.txt"
 
 
@@ -42,11 +44,12 @@ def test_an_absent_and_an_empty_folder_have_no_checkpoint(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         assert folders.published(folder) == []
         assert folders.latest(folder) is None
-        folders.remove_unpublished(folder)
+        folders.revoke(folder, 1)
 
 
 def test_publishing_renames_and_moves_the_tracker(tmp_path):
-    target = folders.publish(tmp_path, written(tmp_path, 2), 2)
+    written(tmp_path, 2)
+    target = folders.publish(tmp_path, 2, 1)
     assert target == folders.iteration_path(tmp_path, 2)
     assert (target / "weights").read_bytes() == b"bytes"
     assert names(tmp_path) == ["iter_0000002", folders.TRACKER]
@@ -98,23 +101,24 @@ def crash(*arguments, **options):
 def test_a_crash_between_rename_and_tracker_leaves_the_old_one_and_is_made_good(tmp_path, monkeypatch):
     publish(tmp_path, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "atomic_write", crash)
+        patch.setattr(folders, "_rename", lambda path, target: crash() if target.name == folders.TRACKER else path.rename(target))
         with pytest.raises(Crash):
             publish(tmp_path, 4)
     assert folders.latest(tmp_path) == 2
     assert folders.published(tmp_path) == [2, 4]
     again = written(tmp_path, 4, attempt=2)
     (again / "weights").write_bytes(b"newer")
-    target = folders.publish(tmp_path, again, 4)
+    folders.revoke(tmp_path, 2)
+    target = folders.publish(tmp_path, 4, 2)
     assert (target / "weights").read_bytes() == b"newer"
     assert folders.latest(tmp_path) == 4
     assert names(tmp_path) == ["iter_0000002", "iter_0000004", folders.TRACKER]
 
 
 def halfway(path, *arguments, **options):
-    """Delete a part, as a process does that dies in a removal: everything but the manifest."""
-    for child in Path(path).iterdir():
-        if child.name != MANIFEST:
+    """Delete a part, as a process does that dies in a removal: everything but the manifests."""
+    for child in Path(path).rglob("*"):
+        if child.is_file() and child.name != MANIFEST:
             child.unlink()
     raise Crash
 
@@ -122,14 +126,15 @@ def halfway(path, *arguments, **options):
 def test_a_crash_while_replacing_never_shows_half_a_checkpoint(tmp_path, monkeypatch):
     publish(tmp_path, 2, 4)
     (tmp_path / folders.TRACKER).write_text("2\n")
-    again = written(tmp_path, 4, attempt=2)
+    written(tmp_path, 4, attempt=2)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", halfway)
         with pytest.raises(Crash):
-            folders.publish(tmp_path, again, 4)
-    assert folders.published(tmp_path) == [2]
-    folders.remove_unpublished(tmp_path)
-    assert names(tmp_path) == ["iter_0000002", folders.TRACKER]
+            folders.publish(tmp_path, 4, 2)
+    assert folders.published(tmp_path) == [2, 4]
+    assert (folders.latest(tmp_path), read_manifest(folders.iteration_path(tmp_path, 4)).attempt) == (4, 2)
+    folders.revoke(tmp_path, 3)
+    assert names(tmp_path) == ["iter_0000002", "iter_0000004", folders.TRACKER]
 
 
 def test_a_crash_while_pruning_leaves_nothing_that_stays(tmp_path, monkeypatch):
@@ -137,44 +142,88 @@ def test_a_crash_while_pruning_leaves_nothing_that_stays(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", halfway)
         with pytest.raises(Crash):
-            folders.prune(tmp_path, keep=1)
+            folders.prune(tmp_path, 1, 1)
     assert folders.published(tmp_path) == [4, 6]
-    folders.remove_unpublished(tmp_path)
-    folders.prune(tmp_path, keep=1)
+    folders.revoke(tmp_path, 2)
+    folders.prune(tmp_path, 1, 2)
     assert names(tmp_path) == ["iter_0000006", folders.TRACKER]
 
 
 def test_pruning_keeps_the_pinned_and_the_newest_others(tmp_path):
     publish(tmp_path, *range(1, 9), pinned=(2, 7))
-    folders.prune(tmp_path, keep=2)
+    folders.prune(tmp_path, 2, 1)
     assert folders.published(tmp_path) == [2, 6, 7, 8]
-    folders.prune(tmp_path, keep=2)
+    folders.prune(tmp_path, 2, 1)
     assert folders.published(tmp_path) == [2, 6, 7, 8]
-    folders.prune(tmp_path, keep=1)
+    folders.prune(tmp_path, 1, 1)
     assert folders.published(tmp_path) == [2, 7, 8]
 
 
 def test_pinned_checkpoints_take_no_place_of_the_others(tmp_path):
     publish(tmp_path, 1, 2, 3, 4, pinned=(3, 4))
-    folders.prune(tmp_path, keep=2)
+    folders.prune(tmp_path, 2, 1)
     assert folders.published(tmp_path) == [1, 2, 3, 4]
 
 
 def test_pruning_keeps_what_the_tracker_names(tmp_path):
     publish(tmp_path, 1, 2, 3, 4)
     (tmp_path / folders.TRACKER).write_text("1\n")  # set back by hand
-    folders.prune(tmp_path, keep=2)
+    folders.prune(tmp_path, 2, 1)
     assert folders.published(tmp_path) == [1, 3, 4]
     assert folders.latest(tmp_path) == 1
 
 
-def test_removing_what_is_unpublished_touches_nothing_else(tmp_path):
+def test_a_newer_attempt_takes_away_what_others_staged_and_nothing_else(tmp_path):
+    publish(tmp_path, 2)
+    for attempt in (1, 2, 3):
+        written(tmp_path, 4, attempt)
+    (tmp_path / "notes.tmp").write_text("mine")
+    folders.revoke(tmp_path, 3)
+    assert names(tmp_path) == [".attempt-3", "iter_0000002", folders.TRACKER, "notes.tmp"]
+
+
+@pytest.mark.parametrize("cut_off", ["before its look", "after its look", "after its rename"])
+def test_a_stale_owner_publishes_nothing(tmp_path, monkeypatch, cut_off):
+    """A newer attempt takes over while the older is about to publish; what the newer finds is what stays."""
     publish(tmp_path, 2)
     written(tmp_path, 4)
-    written(tmp_path, 4, attempt=2)
-    (tmp_path / "notes.tmp").write_text("mine")
-    folders.remove_unpublished(tmp_path)
-    assert names(tmp_path) == ["iter_0000002", folders.TRACKER, "notes.tmp"]
+    seen = []
+
+    def look():
+        if cut_off == "before its look":
+            raise RunError("lost")
+        if cut_off == "after its look":
+            take_over()
+
+    def take_over():
+        folders.revoke(tmp_path, 2)
+        seen.append((folders.latest(tmp_path), folders.published(tmp_path)))
+
+    def rename(path, target):
+        if cut_off == "after its rename" and target.name == folders.TRACKER:
+            take_over()
+        os.replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_rename", rename)
+        with pytest.raises((RunError, FileNotFoundError)):
+            folders.publish(tmp_path, 4, 1, look)
+    if cut_off == "before its look":
+        take_over()
+    assert seen == [(2, [2, 4] if cut_off == "after its rename" else [2])]
+    assert (folders.latest(tmp_path), folders.published(tmp_path)) == seen[0]
+    written(tmp_path, 4, 2)
+    folders.publish(tmp_path, 4, 2)
+    assert read_manifest(folders.iteration_path(tmp_path, 4)).attempt == 2
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_kept(tmp_path):
+    publish(tmp_path, 2, 4)
+    for _ in range(2):
+        kept = folders.set_aside_damaged(folders.iteration_path(tmp_path, 4))
+        assert (kept.name, (kept / "weights").read_bytes()) == (".iter_0000004.damaged", b"bytes")
+        assert folders.published(tmp_path) == [2]
+        publish(tmp_path, 4)
 
 
 def test_finding_by_tokens_and_the_last(tmp_path):

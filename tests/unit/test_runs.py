@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +13,6 @@ from megatron_ext.errors import RunError
 from megatron_ext.launch.graph import Graph, with_overrides
 from megatron_ext.runs import (
     Run,
-    attempt_numbers,
-    attempting,
-    begin_attempt,
     differences,
     mark_done,
     open_run,
@@ -109,31 +105,6 @@ def test_done_holds_the_science_hash(tmp_path: Path) -> None:
         read_done(replace(run, science_hash="0" * 64))
     with pytest.raises(RunError, match="this run is DONE with another recipe"):
         write_all(tmp_path, with_overrides(SMOKE, ["text.seed=1"]))
-
-
-def test_attempts_count_up_and_record_their_end(tmp_path: Path) -> None:
-    run = write_all(tmp_path)["stable"]
-    assert attempt_numbers(run.path) == []
-    with attempting(run) as first:
-        assert first.log_path == run.path / "attempts" / "1" / "log.txt"
-    with pytest.raises(ZeroDivisionError), attempting(run):
-        raise ZeroDivisionError("nought")
-    assert attempt_numbers(run.path) == [1, 2]
-    ends = [json.loads((run.path / "attempts" / n / "exit.json").read_text()) for n in "12"]
-    assert [(end["reason"], end.get("error")) for end in ends] == [("done", None), ("failed", "ZeroDivisionError: nought")]
-    plan = json.loads((run.path / "attempts" / "1" / "plan.json").read_text())
-    assert plan["plan"]["save_every_steps"] == 6
-
-
-def begin(folder: Path) -> int:
-    return begin_attempt(open_run(folder)).number
-
-
-def test_two_processes_never_own_the_same_attempt(tmp_path: Path) -> None:
-    run = write_all(tmp_path)["text"]
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        numbers = pool.map(begin, [run.path] * 40, chunksize=1)
-    assert sorted(numbers) == list(range(1, 41))
 
 
 def test_differences_name_every_changed_value() -> None:

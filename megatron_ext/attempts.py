@@ -1,0 +1,201 @@
+"""Attempts at a stage: who owns a run folder, whether an owner still lives, how an attempt ended.
+
+The owner is the newest attempt. Its folder appears by one rename, with its record inside, so of two
+that begin at once exactly one wins. Nobody begins beside an owner that still lives:
+
+- an attempt that recorded its end does not live;
+- one of the same job with a smaller restart count does not (the scheduler requeued it);
+- one in this place (host, boot, process namespace) lives as long as its process does;
+- one elsewhere lives as long as it touches its `heartbeat`.
+
+An owner that was cut off and wakes up finds a newer attempt and may neither publish nor append
+(`Attempt.check_owner`); what it has staged is taken from it (checkpoint.folder.revoke).
+There are no file locks: shared file systems do not keep them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config.base import Json, to_json
+from megatron_ext.errors import RunError
+from megatron_ext.runs import ATTEMPTS, Run, attempt_numbers, now, read_json, write_json
+from megatron_ext.snapshot import code_hash
+
+RECORD, EXIT, HEARTBEAT = "plan.json", "exit.json", "heartbeat"
+TAKE_OVER = "MEGATRON_EXT_TAKE_OVER"  # set to 1: begin although the owner seems to live
+BEAT_SECONDS = 15.0
+LOST_SECONDS = 180.0  # an owner elsewhere that is silent for so long is taken for dead
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a stage."""
+
+    number: int
+    path: Path
+
+    @property
+    def log_path(self) -> Path:
+        """The log of rank 0."""
+        return self.path / "log.txt"
+
+    @cached_property
+    def record(self) -> Json:
+        """Who began it, when and where, under which plan and code."""
+        values: Json = read_json(self.path / RECORD, "how an attempt began")
+        return values
+
+    def finish(self, reason: str, **values: Any) -> None:
+        """Record why the attempt ended."""
+        write_json(self.path / EXIT, {"reason": reason, "at": now(), **values})
+
+    def check_owner(self) -> None:
+        """`RunError` where a newer attempt has taken the run folder over."""
+        newest = attempt_numbers(self.path.parent.parent)[-1]
+        if newest != self.number:
+            owner = Attempt(newest, self.path.parent / str(newest))
+            raise RunError(
+                f"{self.path}: this attempt lost the run folder to {owner.describe()}; it publishes and appends nothing more, "
+                f"and the newer attempt goes on from the last published checkpoint. End this process"
+            )
+
+    def describe(self) -> str:
+        """Number, process and host, for messages."""
+        job = f", job {self.record['job_id']}" if self.record.get("job_id") else ""
+        return f"attempt {self.number} (pid {self.record['pid']} on {self.record['host']}{job}, begun {self.record['started_at']})"
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Touch the heartbeat until the end of the block."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(BEAT_SECONDS):
+                with contextlib.suppress(OSError):  # a full or absent file system is the work's to report
+                    (self.path / HEARTBEAT).touch()
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def begin_attempt(run: Run) -> Attempt:
+    """Become the owner of a run folder; `RunError` where another attempt still runs the stage.
+
+    The environment variable MEGATRON_EXT_TAKE_OVER=1 (`--take-over`) begins all the same, and fences the other off.
+    """
+    folder = run.path / ATTEMPTS
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{uuid.uuid4().hex}.tmp"
+    aside.mkdir()
+    try:
+        write_json(aside / RECORD, {**_here(), "code_hash": code_hash(), "plan": to_json(run.stage.plan)})
+        (aside / HEARTBEAT).touch()
+        while True:
+            _refuse_beside_owner(run)
+            number = max(attempt_numbers(run.path), default=0) + 1
+            try:
+                aside.rename(folder / str(number))
+                return Attempt(number, folder / str(number))
+            except OSError:
+                if not (folder / str(number)).exists():
+                    raise
+                # another began at the same moment: look at it, and give way if it lives
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def live_attempt(run_path: Path) -> Attempt | None:
+    """The newest attempt where it may still be at work, or None."""
+    numbers = attempt_numbers(run_path)
+    if not numbers:
+        return None
+    newest = Attempt(numbers[-1], run_path / ATTEMPTS / str(numbers[-1]))
+    return newest if _lives(newest) else None
+
+
+def _refuse_beside_owner(run: Run) -> None:
+    owner = live_attempt(run.path)
+    if owner is None or os.environ.get(TAKE_OVER) == "1":
+        return
+    raise RunError(
+        f"{run.path}: {owner.describe()} is at work on stage '{run.name}'; wait for it or stop it. "
+        f"Where it is known to be dead or cut off, add --take-over: it can then publish nothing more"
+    )
+
+
+def _lives(attempt: Attempt) -> bool:
+    if (attempt.path / EXIT).is_file():
+        return False
+    owner, here = attempt.record, _here()
+    if here["job_id"] and owner["job_id"] == here["job_id"] and owner["restart_count"] < here["restart_count"]:
+        return False
+    if owner["place"] == here["place"]:
+        return owner["process_start"] == _process_start(owner["pid"])
+    return _silent_seconds(attempt) < LOST_SECONDS
+
+
+def _silent_seconds(attempt: Attempt) -> float:
+    """Seconds since the last heartbeat by the file system's own clock: hosts' clocks differ."""
+    probe = attempt.path.parent / f".{uuid.uuid4().hex}.clock"
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - (attempt.path / HEARTBEAT).stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def _here() -> Json:
+    """This process, so that another can tell whether it still lives."""
+    host = os.uname().nodename
+    return {
+        "started_at": now(),
+        "pid": os.getpid(),
+        "process_start": _process_start(os.getpid()),
+        "host": host,
+        "place": f"{host}/{_boot_id()}/{os.readlink('/proc/self/ns/pid')}",
+        "job_id": os.environ.get("SLURM_JOB_ID", ""),
+        "restart_count": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+    }
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+
+
+def _process_start(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot; None where there is none, or only its remains."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, start = fields[0], fields[19]
+    return None if state in "ZX" else int(start)
+
+
+@contextlib.contextmanager
+def attempting(run: Run) -> Iterator[Attempt]:
+    """An attempt whose end, good or bad, is recorded; single-process stages use it."""
+    attempt = begin_attempt(run)
+    with attempt.beating():
+        try:
+            yield attempt
+            attempt.check_owner()
+        except BaseException as error:
+            attempt.finish("failed", error=f"{type(error).__name__}: {error}")
+            raise
+    attempt.finish("done")
