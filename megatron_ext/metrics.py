@@ -1,26 +1,29 @@
 """metrics.jsonl: one JSON object a line, each with its attempt, its kind and its step.
 
 Kinds (docs/metrics.md lists every name): `attempt` opens an attempt and says after which step it
-starts; `train` is one optimizer step; `validation` is one source's held-out loss. `step` counts
-finished steps, `tokens` the stage's tokens after it. Readers drop what a later attempt did again.
+starts; `train` is one optimizer step; `validation` is one source's held-out loss; `skip` is a batch that
+was left out; `roll_back` says after which step the attempt goes on. `step` counts finished steps,
+`tokens` the stage's tokens after it. Readers drop what was done again, after a roll-back or in a later attempt.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_ext.errors import RunError
 
 Record = dict[str, Any]
+STARTS = ("attempt", "roll_back")  # kinds whose `step` is where the training goes on from
 
 
 class MetricsWriter:
     """Appends whole lines; a torn last line of a killed attempt is closed off first."""
 
     def __init__(self, path: Path, attempt: int, from_step: int) -> None:
-        _end_torn_line(path)
+        _take(path)
         self._attempt = attempt
         self._file: TextIO = path.open("a", encoding="utf-8")
         self.write("attempt", from_step, {})
@@ -36,33 +39,46 @@ class MetricsWriter:
         self._file.close()
 
 
-def _end_torn_line(path: Path) -> None:
-    if path.is_file() and path.stat().st_size:
-        with path.open("rb+") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+def _take(path: Path) -> None:
+    """Go on in a copy, its torn last line ended: an older attempt that wakes up appends to the file that nobody reads any more."""
+    if path.is_file():
+        text = path.read_bytes()
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        aside.write_bytes(text if not text or text.endswith(b"\n") else text + b"\n")
+        os.replace(aside, path)
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[Record]:
-    """Records that stand: of each step, what the latest attempt that did it says. No file: none.
+    """Records that stand: of each step, what was said by the last who did it. No file: none.
 
     A line that is not JSON is tolerated only as the last line of an attempt (a torn write).
     """
     if not path.is_file():
         return []
     records = [r for r in _records(path) if r is not None]
-    starts = {r["attempt"]: r["step"] for r in records if r["kind"] == "attempt"}
+    eras = _eras(records)
+    starts = {era: r["step"] for era, r in zip(eras, records, strict=True) if r["kind"] in STARTS}
     kept = []
-    for record in records:
-        later = [step for attempt, step in starts.items() if attempt > record["attempt"]]
+    for era, record in zip(eras, records, strict=True):
+        later = [step for other, step in starts.items() if other > era]
         superseded = later and record["step"] > min(later)
         if not superseded and kind in (None, record["kind"]):
-            kept.append(record)
+            kept.append((era, record))
     if kind != "validation" and kind is not None:
-        return kept
-    last = {(r["kind"], r["step"], r.get("source"), r["attempt"] if r["kind"] == "attempt" else None): r for r in kept}
+        return [record for _, record in kept]
+    last = {(r["kind"], r["step"], r.get("source"), era if r["kind"] in STARTS else None): r for era, r in kept}
     return list(last.values())
+
+
+def _eras(records: list[Record]) -> list[tuple[int, int]]:
+    """Of each record: its attempt, and how often that attempt had rolled back when it was written."""
+    roll_backs: dict[int, int] = {}
+    eras = []
+    for record in records:
+        attempt = record["attempt"]
+        roll_backs[attempt] = roll_backs.get(attempt, 0) + (record["kind"] == "roll_back")
+        eras.append((attempt, roll_backs[attempt]))
+    return eras
 
 
 def _records(path: Path) -> list[Record | None]:

@@ -102,10 +102,8 @@ class Save:
     def _publish(self, store: Any) -> dict[str, str]:
         try:
             _publish(self.target, self.planned, _gather(store, self.prefix))
-        except MegatronExtError as error:
-            return {"kind": type(error).__name__, "error": str(error)}
         except (OSError, RuntimeError) as error:
-            return {"kind": CheckpointError.__name__, "error": _refusal(self.target.aside, error)}
+            return _told(_cause(self.target, error))
         try:
             self.target.tidy()
         except (OSError, MegatronExtError) as error:
@@ -168,12 +166,22 @@ def _publish(target: Target, planned: Planned, ranks: list[Written]) -> None:
     _sync(target.checkpoints)
 
 
-def _refusal(aside: Path, error: Exception) -> str:
-    """What is said of a write that failed; what was written of it is deleted, all ranks having ended theirs."""
+def _told(error: MegatronExtError) -> dict[str, str]:
+    return {"kind": type(error).__name__, "error": str(error)}
+
+
+def _cause(target: Target, error: Exception) -> MegatronExtError:
+    """Why nothing was published. What was written of it is deleted, all ranks having ended theirs."""
+    if isinstance(error, MegatronExtError):
+        return error
+    try:
+        target.may_publish()  # a newer owner takes the files away, which looks like a failing disk
+    except MegatronExtError as lost:
+        return lost
     with contextlib.suppress(OSError):
-        shutil.rmtree(aside)
-    return (
-        f"{aside}: could not be written: {error}; make room on its disk, if that is full, and start the stage again: "
+        shutil.rmtree(folders.staging_path(target.checkpoints, target.attempt))
+    return CheckpointError(
+        f"{target.aside}: could not be written: {error}; make room on its disk, if that is full, and start the stage again: "
         f"the last published checkpoint stands"
     )
 

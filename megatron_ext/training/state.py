@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
@@ -127,7 +128,25 @@ def sharded_state(state: TrainState, layout: str, is_loading: bool = False) -> d
         "chained_optim_avoid_prefix": True,
     }
     whole = model.get("model", model)
-    return {**model, "optimizer": state.optimizer.sharded_state_dict(whole, is_loading=is_loading, metadata=metadata)}
+    optimizer = state.optimizer.sharded_state_dict(whole, is_loading=is_loading, metadata=metadata)
+    _clear_padding(optimizer)
+    return {**model, "optimizer": optimizer}
+
+
+def _clear_padding(part: Any) -> None:
+    """Zero what Megatron puts between the parameters of a 'dp_reshardable' shard: memory as it was found, other bits in every save."""
+    if isinstance(part, list):
+        for one in part:
+            _clear_padding(one)
+    elif isinstance(part, dict):
+        padding = part.get("padding")
+        if isinstance(padding, LocalNonpersistentObject) and padding.unwrap():
+            for one in part.values():
+                if isinstance(one, ShardedTensor):
+                    one.data.zero_()
+            return
+        for one in part.values():
+            _clear_padding(one)
 
 
 def load_model(state: TrainState, loaded: dict[str, Any]) -> None:

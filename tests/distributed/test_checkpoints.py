@@ -150,18 +150,21 @@ def save_after_two(groups: Any, stage: Any, folder: str) -> Any:
     return *state_of(state, layout), train_steps(state, stage, [2, 3])
 
 
-def load_and_go_on(groups: Any, stage: Any, folder: str, fault: bool) -> Any:
-    """Load under this layout; the state then, and the next steps. The fault leaves out the moments."""
+def load_and_go_on(groups: Any, stage: Any, folder: str, fault: str = "") -> Any:
+    """Load under this layout; the state then, and the next steps. A fault leaves out the moments, or swaps them."""
     from megatron_ext.checkpoint.load import load_state
     from megatron_ext.training.state import build_state, load_model, load_optimizer, sharded_state
 
     state, layout = build_state(stage, groups, None), layout_of(stage.plan)
     loaded = load_state(sharded_state(state, layout, is_loading=True), folders.iteration_path(Path(folder), 2))
     load_model(state, loaded)
-    if fault:
+    if fault == "left out":
         state.optimizer.reload_model_params()
     else:
         load_optimizer(state, loaded)
+    if fault == "swapped":
+        for moments in (m for one in state.optimizer.chained_optimizers for m in one.optimizer.state.values()):
+            moments["exp_avg"], moments["exp_avg_sq"] = moments["exp_avg_sq"], moments["exp_avg"].abs()
     return *state_of(state, layout), train_steps(state, stage, [2, 3])
 
 
@@ -205,7 +208,7 @@ TARGETS = {
 def test_a_pinned_checkpoint_is_the_same_under_every_layout(saved, name):
     plan = TARGETS[name]
     folder, (tensors, counts, steps) = saved(plan.distributed_optimizer)
-    found, found_counts, found_steps = together(ranks.run(load_and_go_on, plan, toy_stage(plan), folder, False))
+    found, found_counts, found_steps = together(ranks.run(load_and_go_on, plan, toy_stage(plan), folder))
     assert found.keys() == tensors.keys()
     kinds = {key.split(".")[2] for key in tensors if key.startswith("optimizer.state.")}
     assert {"exp_avg", "exp_avg_sq"} <= kinds
@@ -216,14 +219,15 @@ def test_a_pinned_checkpoint_is_the_same_under_every_layout(saved, name):
     assert np.abs(found_steps / steps - 1).max() < 1e-6
 
 
-def test_moments_left_out_are_noticed(saved):
-    folder, (tensors, _, steps) = saved(True)
-    found, counts, found_steps = together(ranks.run(load_and_go_on, ONE, toy_stage(ONE), folder, True))
+@pytest.mark.parametrize("fault", ["left out", "swapped"])
+def test_wrong_moments_are_noticed(saved, fault):
+    folder, (tensors, counts, steps) = saved(True)
+    found, found_counts, found_steps = together(ranks.run(load_and_go_on, ONE, toy_stage(ONE), folder, fault))
     weights = [key for key in tensors if not key.startswith("optimizer.state.")]
     assert all(np.array_equal(found[key], tensors[key]) for key in weights)
     assert not all(np.array_equal(found[key], tensors[key]) for key in tensors)
-    assert counts != {2.0}
-    assert np.abs(found_steps / steps - 1).max() > 1e-4  # the step after the next shows it
+    assert (found_counts != counts) == (fault == "left out")
+    assert not np.all(np.abs(found_steps / steps - 1) < 1e-4)  # the step after the next shows it
 
 
 # ---- plans that change between attempts

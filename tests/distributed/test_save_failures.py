@@ -18,6 +18,7 @@ from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.verify import verify
 from megatron_ext.config.plan import TrainPlan
 from megatron_ext.errors import CheckpointError
+from megatron_ext.metrics import read_metrics
 from megatron_ext.runs import Run
 from tests import layouts, ranks, training_runs
 from tests.small_corpus import train_run, write_corpus
@@ -139,25 +140,36 @@ def test_a_tracker_that_moves_first_is_noticed(corpus):
 # ---- refused by the disk
 
 
-def train_into_refusal(groups: Any, path: str, file_bytes: int) -> str:
-    """Train until a save is refused; what was said. `file_bytes` bounds the size of a file in the save of step `AT`."""
+def bound_files(file_bytes: int, at: int = AT) -> None:
+    """Make the save of step `at` refuse files larger than so many bytes."""
     from megatron_ext.checkpoint.writing import Planned
 
     true_write = Planned.write
 
     def bounded(planned: Planned) -> Any:
-        if f"iter_{AT:07d}" in planned.aside.name:
+        if f"iter_{at:07d}" in planned.aside.name:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
         try:
             return true_write(planned)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
+    Planned.write = bounded  # type: ignore[method-assign]
+
+
+def train_into_refusal(groups: Any, path: str, file_bytes: int, at: int = AT) -> str:
+    """Train until a save is refused; what was said. `file_bytes` bounds the size of a file in the save of step `at`."""
     if file_bytes:
-        Planned.write = bounded  # type: ignore[method-assign]
+        bound_files(file_bytes, at)
     with pytest.raises(CheckpointError) as error:
         training_runs._train(groups, path, None, "")
     return str(error.value)
+
+
+def train_past_refusal(groups: Any, path: str, file_bytes: int) -> Any:
+    """Train on past a refused save."""
+    bound_files(file_bytes)
+    return training_runs._train(groups, path, None, "")
 
 
 @pytest.mark.parametrize(("file_bytes", "name"), [(100_000, r"__\d_0\.distcp"), (500, r"common\.pt")], ids=["data file", "common.pt"])
@@ -171,6 +183,37 @@ def test_a_refused_write_stops_every_rank_and_the_last_checkpoint_stands(corpus,
         ), one
         assert re.search(rf"\[Errno 27\] File too large: '.*/iter_0000004/{name}'", one), one
     goes_on_from(run, 2, straight[TWO])
+
+
+BESIDE = replace(TWO, asynchronous_saves=True)
+
+
+@pytest.mark.parametrize("plan", [TWO, BESIDE], ids=["synchronous", "asynchronous"])
+def test_training_goes_on_past_a_refused_save_where_the_plan_says_so(corpus, straight, plan):
+    run = new_run(corpus, f"goes on {plan.asynchronous_saves}", replace(plan, on_failed_save="go_on"))
+    found = ranks.run(train_past_refusal, run.stage.plan, str(run.path), 100_000)
+    assert found[0]["steps"] == straight[TWO]["steps"]
+    assert [one["digests"] for one in found] == straight[TWO]["digests"]
+    assert folders.published(run.checkpoints_path) == [2, 6]  # nothing of the refused one is left
+    assert not list(run.checkpoints_path.glob(".*"))
+    (refused,) = read_metrics(run.metrics_path, "failed_save")
+    assert refused["step"] == AT
+    assert re.search(r"File too large.*Training goes on \(plan\.on_failed_save=go_on\)$", refused["problem"])
+
+
+def test_a_refused_asynchronous_save_stops_every_rank(corpus, straight):
+    run = new_run(corpus, "refused beside", BESIDE)
+    said = ranks.run(train_into_refusal, BESIDE, str(run.path), 100_000)
+    assert all(re.search(r"iter_0000004: could not be written: .*File too large", one) for one in said)
+    assert folders.latest(run.checkpoints_path) == 2
+    assert not list(run.checkpoints_path.glob(".*"))
+
+
+def test_the_last_save_must_succeed(corpus):
+    run = new_run(corpus, "last refused", replace(TWO, on_failed_save="go_on"))
+    said = ranks.run(train_into_refusal, run.stage.plan, str(run.path), 100_000, STEPS)
+    assert all(re.search(r"iter_0000006: could not be written: .*File too large", one) for one in said)
+    assert folders.latest(run.checkpoints_path) == 4
 
 
 @pytest.fixture
