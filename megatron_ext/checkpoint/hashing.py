@@ -1,7 +1,7 @@
 """Files that hash themselves while they are written.
 
-A large write is handed to the disk and to SHA-256 at the same time, in two threads: both release
-the interpreter, so the digest costs what it takes longer than the write, which is little or nothing.
+Large writes are hashed in a second thread, which need not keep up: it works on while the disk takes
+the bytes (`fsync`), when a processor has nothing else to do. So the digest costs next to nothing.
 """
 
 from __future__ import annotations
@@ -17,33 +17,32 @@ from typing import Any
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 Digests = dict[str, tuple[int, str]]  # file name -> (bytes, sha256)
-SIDE_BY_SIDE_BYTES = 1 << 18  # below this a second thread costs more than it saves
+BESIDE_BYTES = 1 << 18  # below this a copy is cheaper than keeping the bytes alive
 
 
 class HashingStream:
-    """Passes writes on and hashes them; everything else is the file's."""
+    """Passes writes on and hashes them in the order they came; everything else is the file's."""
 
     def __init__(self, file: Any, hasher: ThreadPoolExecutor) -> None:
         self._file, self._hasher = file, hasher
-        self.sha256 = hashlib.sha256()
+        self._sha256 = hashlib.sha256()
         self.size_bytes = 0
         self.refusal: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write and hash; the caller may reuse `data` as soon as this returns."""
-        size_bytes = memoryview(data).nbytes
-        self.size_bytes += size_bytes
-        beside = self._hasher.submit(self.sha256.update, data) if size_bytes >= SIDE_BY_SIDE_BYTES else None
+        """Write and hash. Whoever writes `BESIDE_BYTES` or more at once keeps them as they are until the file is closed."""
+        view = memoryview(data)
+        self.size_bytes += view.nbytes
+        self._hasher.submit(self._sha256.update, view if view.nbytes >= BESIDE_BYTES else bytes(view))
         try:
-            if beside is None:
-                self.sha256.update(data)
             return int(self._file.write(data))
         except OSError as refusal:
             self.refusal = refusal
             raise
-        finally:
-            if beside is not None:
-                beside.result()
+
+    def digest(self) -> tuple[int, str]:
+        """Bytes and SHA-256 of all that was written; waits for the hashing."""
+        return self.size_bytes, self._hasher.submit(self._sha256.hexdigest).result()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -63,16 +62,16 @@ class HashingFileSystem(FileSystem):
                 yield file
             return
         try:
-            with super().create_stream(path, mode) as file, ThreadPoolExecutor(1) as hasher:
+            with ThreadPoolExecutor(1) as hasher, super().create_stream(path, mode) as file:
                 stream = HashingStream(file, hasher)
                 try:
                     yield stream
                 except RuntimeError as error:  # what torch.save makes of it: "unexpected pos 704 vs 598"
                     raise stream.refusal or error from None
+                self.digests[Path(path).name] = stream.digest()
         except OSError as refusal:
             refusal.filename = str(path)  # a buffered file does not name itself
             raise
-        self.digests[Path(path).name] = (stream.size_bytes, stream.sha256.hexdigest())
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """Rename a file, its digest too."""

@@ -30,7 +30,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.failures import first_failure
 from megatron_ext.checkpoint.hashing import Digests
-from megatron_ext.checkpoint.writing import Planned, Written, plan_write
+from megatron_ext.checkpoint.writing import Buffers, Planned, Written, plan_write
 from megatron_ext.distributed import TIMEOUT_SECONDS
 from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.provenance import Manifest, write_manifest
@@ -56,6 +56,12 @@ class Target:
         return folders.aside_path(self.checkpoints, self.iteration, self.attempt)
 
 
+def _own_store() -> Any:
+    """A connection to the process group's key-value store that no other thread uses."""
+    store: Any = _get_default_store()
+    return store.clone()
+
+
 @dataclass
 class Save:
     """A save under way on this rank."""
@@ -68,8 +74,8 @@ class Save:
     seconds: float = 0.0  # from begin to publish, once finished
     warning: str = ""  # what went wrong after the publish
     _thread: threading.Thread | None = None
-    _store: Any = field(default_factory=lambda: _get_default_store().clone())  # a thread needs one of its own
-    _writers_store: Any = field(default_factory=lambda: _get_default_store().clone())
+    _store: Any = field(default_factory=_own_store)  # a thread needs one of its own
+    _writers_store: Any = field(default_factory=_own_store)
 
     def is_over(self) -> bool:
         """Whether rank 0 has said how it ended; never waits."""
@@ -111,19 +117,20 @@ class Save:
         return {"error": ""}
 
 
-def begin_save(state_dict: dict[str, Any], target: Target, beside: bool = False) -> Save:
-    """Start a save on all ranks (collective); with `beside` it goes on in a thread, from a copy of the state.
+def begin_save(state_dict: dict[str, Any], target: Target, buffers: Buffers | None = None) -> Save:
+    """Start a save on all ranks (collective); with `buffers` it goes on in a thread, from a copy of the state in them.
 
+    The buffers (empty at first) are kept for the next save, and belong to this one until it is finished.
     One save at a time: finish one before the next begins. Raises `CheckpointError` where the state cannot be planned.
     """
     started = time.perf_counter()
     try:
-        planned = plan_write(state_dict, target.aside, copy=beside)
+        planned = plan_write(state_dict, target.aside, buffers)
     except CheckpointException as error:
         raise CheckpointError(f"{target.aside}: could not be planned: {first_failure(error)}") from error
     prefix = f"save/{target.checkpoints}/{target.iteration}/{_number()}/"
     save = Save(target, planned, prefix, started)
-    if beside:
+    if buffers is not None:
         save._thread = threading.Thread(target=save.run, name=f"save {target.iteration}")
         save._thread.start()
     else:

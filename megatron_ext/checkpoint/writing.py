@@ -69,22 +69,47 @@ def _index(name: str, offset: list[int] | None, index: int | None) -> MetadataIn
     return MetadataIndex(name, None if offset is None else torch.Size(offset), index)
 
 
+Buffers = dict[MetadataIndex, torch.Tensor]  # memory of earlier copies, to be used again: fresh memory is several times slower
+
+
 class _Planner(MCoreSavePlanner):
-    """Megatron's planner, whose tensors can be copied ahead of the writing."""
+    """Megatron's planner, which holds on to what it gives out, and can copy it ahead of the writing."""
 
-    copies: dict[MetadataIndex, Any] | None = None
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, dedup_save_to_lowest_rank=False)
+        self._held: dict[MetadataIndex, Any] = {}
 
-    def copy_data(self, plan: SavePlan) -> None:
-        """Copy all that will be written into this process's memory; what trains on may then change."""
-        self.copies = {item.index: _copied(super(_Planner, self).resolve_data(item)) for item in plan.items}
+    def copy_data(self, plan: SavePlan, buffers: Buffers) -> None:
+        """Copy all that will be written into `buffers`; what trains on may then change."""
+        for item in plan.items:
+            data = super().resolve_data(item)
+            self._held[item.index] = _copied(data, buffers.get(item.index)) if isinstance(data, torch.Tensor) else data
+        buffers.clear()
+        buffers.update({index: data for index, data in self._held.items() if isinstance(data, torch.Tensor)})
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """A write item's data: its copy, or the live tensor."""
-        return super().resolve_data(write_item) if self.copies is None else self.copies[write_item.index]
+        """A write item's data: its copy, or the live tensor; kept as it is until `release`, for the hashing."""
+        index = write_item.index
+        if index not in self._held:
+            data = super().resolve_data(write_item)
+            self._held[index] = _compact(data) if isinstance(data, torch.Tensor) else data
+        return self._held[index]
+
+    def release(self) -> None:
+        """Let go of all that was given out."""
+        self._held.clear()
 
 
-def _copied(data: Any) -> Any:
-    return data.detach().to("cpu", copy=True) if isinstance(data, torch.Tensor) else data
+def _copied(data: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    if buffer is None or buffer.shape != data.shape or buffer.dtype != data.dtype:
+        buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+    return buffer.copy_(data.detach())
+
+
+def _compact(data: torch.Tensor) -> torch.Tensor:
+    """On the CPU and alone in its storage: torch's writer then takes it as it is, and makes no copy that nobody holds."""
+    data = data.detach().cpu()
+    return data if data.untyped_storage().nbytes() == data.nbytes else data.clone()
 
 
 @dataclass
@@ -99,31 +124,32 @@ class Planned:
 
     def write(self) -> Written:
         """Write this rank's files (on rank 0 also what is not sharded) and force them to the disk."""
-        writer = _file_writer(self.aside)
+        writer = _HashingWriter(self.aside)
         if self.metadata is not None:
             _write_synced(writer.fs, self.aside / COMMON_STATE_FNAME, lambda stream: torch.save(self.common, stream))
             config = json.dumps(dataclasses.asdict(CheckpointingConfig("torch_dist", 1))).encode()
             _write_synced(writer.fs, self.aside / CONFIG_FNAME, lambda stream: stream.write(config))
         results: list[WriteResult] = writer.write_data(self.plan, self.planner).value()
+        self.planner.release()
         return Written(writer.fs.digests, results)
 
     def finish(self, ranks: list[Written]) -> Digests:
         """On rank 0, when all ranks have written: the metadata over all parts, and all files' digests."""
         assert self.metadata is not None
-        writer = _file_writer(self.aside)
+        writer = _HashingWriter(self.aside)
         writer.finish(self.metadata, [one.results for one in ranks])
         return {name: digest for digests in (*(one.digests for one in ranks), writer.fs.digests) for name, digest in digests.items()}
 
 
-def plan_write(state_dict: dict[str, Any], aside: Path, copy: bool) -> Planned:
+def plan_write(state_dict: dict[str, Any], aside: Path, buffers: Buffers | None) -> Planned:
     """Plan a checkpoint with all ranks (collective): who writes what, checked for gaps and overlaps; rank 0 makes `aside`.
 
-    With `copy`, all of this rank's part is copied to memory first; else it must not change before it is written.
+    With `buffers`, all of this rank's part is copied into them first; else it must not change before it is written.
     """
     sharded, common = save_preprocess(state_dict, True)
     renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     tensors = mcore_to_pyt_state_dict(renamed, False)
-    planner = _Planner(flatten_state_dict=False, dedup_save_to_lowest_rank=False)
+    planner = _Planner()
     is_first = dist.get_rank() == 0
     made: list[Metadata] = []
 
@@ -131,24 +157,28 @@ def plan_write(state_dict: dict[str, Any], aside: Path, copy: bool) -> Planned:
         if is_first:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        planner.set_up_planner(tensors, _file_writer(aside).storage_meta(), is_first)
+        planner.set_up_planner(tensors, _HashingWriter(aside).storage_meta(), is_first)
         return planner.create_local_plan()
 
     def whole(plans: list[SavePlan]) -> list[SavePlan]:
         plans, metadata = planner.create_global_plan(plans)
         made.append(metadata)
-        return _file_writer(aside).prepare_global_plan(plans)
+        return _HashingWriter(aside).prepare_global_plan(plans)
 
     plan = planner.finish_plan(_DistWrapper(None, True, 0).reduce_scatter("plan", local, whole))
-    if copy:
-        planner.copy_data(plan)
+    if buffers is not None:
+        planner.copy_data(plan, buffers)
     return Planned(aside, planner, plan, common, made[0] if made else None)
 
 
-def _file_writer(aside: Path) -> FileSystemWriter:
-    writer = FileSystemWriter(aside, sync_files=True)
-    writer.fs = HashingFileSystem()
-    return writer
+class _HashingWriter(FileSystemWriter):
+    """torch's file writer over a file system that hashes."""
+
+    fs: HashingFileSystem
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, sync_files=True)
+        self.fs = HashingFileSystem()
 
 
 def _write_synced(file_system: HashingFileSystem, path: Path, write: Any) -> None:

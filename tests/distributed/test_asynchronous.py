@@ -77,7 +77,7 @@ def late(groups: Any, path: str, copy: bool) -> dict[str, Any]:
 
     writing.Planned.write, trainer._Loop.settle = write, settle
     if not copy:
-        save.plan_write = lambda state, aside, **_: true_plan(state, aside, copy=False)
+        save.plan_write = lambda state, aside, _: true_plan(state, aside, None)
 
     class Watch(Hook):
         def step(self, context: Any, metrics: Any) -> None:
