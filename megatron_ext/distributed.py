@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Groups:
     data_rank: int
     tensor_rank: int
     pipeline_rank: int
+    rehearsed: bool = False  # tensors without storage, no other ranks, no Transformer Engine: see `rehearsed_groups`
 
     @property
     def is_first_stage(self) -> bool:
@@ -48,7 +49,7 @@ class Groups:
     @property
     def device(self) -> torch.device:
         """The device of this rank's tensors."""
-        return device.current(self.plan.device)
+        return torch.device("meta") if self.rehearsed else device.current(self.plan.device)
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over data-parallel ranks, then hand the last pipeline stage's result to every stage."""
@@ -96,6 +97,33 @@ def process_groups(plan: TrainPlan) -> Iterator[Groups]:
         parallel_state.destroy_model_parallel()
         if own:
             dist.destroy_process_group()
+
+
+@contextmanager
+def rehearsed_groups(plan: TrainPlan, rank: int) -> Iterator[Groups]:
+    """The groups that `rank` of a plan of any size would have, on this machine, with none of the other ranks there.
+
+    torch's fake backend stands for NCCL and gloo: a collective returns at once and leaves its output as it
+    was; objects are gathered as if every rank had said what this one says. For a process of its own.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    create_group, gather_object = parallel_state.create_group, dist.all_gather_object
+
+    def create_fake(*arguments: Any, **options: Any) -> Any:
+        return create_group(*arguments, **{**options, "backend": None})  # Megatron names gloo, which would look for its peers
+
+    def gather_own(object_list: Any, obj: Any, group: Any = None) -> Any:  # noqa: ARG001 - torch's call
+        object_list[:] = [obj] * len(object_list)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.num_ranks)
+    parallel_state.create_group, dist.all_gather_object = create_fake, gather_own
+    try:
+        yield replace(lay_out(plan), rehearsed=True)
+    finally:
+        parallel_state.create_group, dist.all_gather_object = create_group, gather_object
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def lay_out(plan: TrainPlan) -> Groups:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import sys
-from pathlib import Path
+from dataclasses import field
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from megatron_ext.config.base import Json, config, from_json, to_json
-from megatron_ext.errors import CheckpointError, DataError
-from megatron_ext.runs import read_json, write_json
+from megatron_ext.config.base import Json, config, content_hash, from_json, to_json
+from megatron_ext.errors import ConfigError, DamagedCheckpointError, DataError
+from megatron_ext.runs import atomic_write, read_json, write_json
 from megatron_ext.snapshot import code_hash
 
 CORPUS, MANIFEST = "corpus.json", "manifest.json"
+OWN_DIGEST = "own_sha256"  # of a manifest's other values
 RECORDED_PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "transformers", "sentencepiece", "pydantic")
 
 
@@ -65,6 +68,10 @@ class ShardSidecar:
     sha256: dict[str, str]  # file suffix -> digest
     format: int = 1
 
+    def __post_init__(self) -> None:
+        if not is_plain_name(self.prefix):
+            raise ConfigError(f"prefix {self.prefix!r} is no file name: it would lead out of the sidecar's folder; the sidecar was altered")
+
 
 @config
 class SourceRecord:
@@ -81,6 +88,9 @@ class SourceRecord:
     licence: str = ""
     provenance: str = ""
 
+    def __post_init__(self) -> None:
+        _refuse_outside((*self.train, *self.heldout))
+
 
 @config
 class CorpusIndex:
@@ -94,6 +104,9 @@ class CorpusIndex:
     sources: dict[str, SourceRecord]
     format: int = 1
 
+    def __post_init__(self) -> None:
+        _refuse_outside((self.tokenizer_path,))
+
 
 def write_sidecar(path: Path, sidecar: ShardSidecar) -> None:
     """Write a shard's sidecar; its existence says that the shard is whole."""
@@ -101,14 +114,17 @@ def write_sidecar(path: Path, sidecar: ShardSidecar) -> None:
 
 
 def read_sidecar(path: Path) -> ShardSidecar:
-    """Read a shard's sidecar; `DataError` where it is missing or broken."""
+    """Read a shard's sidecar; `DataError` where it is missing or broken, or one of its files is a link that leads elsewhere."""
     sidecar: ShardSidecar = _record(ShardSidecar, path, "a shard's sidecar", DataError)
+    _refuse_links_outside(path, [sidecar.prefix + suffix for suffix in sidecar.bytes])
     return sidecar
 
 
 def read_corpus(folder: Path) -> CorpusIndex:
-    """Read `corpus.json` of a tokenize run."""
+    """Read `corpus.json` of a tokenize run; `DataError` where it is missing or broken, or leads out of the run's folder."""
     index: CorpusIndex = _record(CorpusIndex, folder / CORPUS, "the index of a tokenized corpus", DataError)
+    shards = [name for source in index.sources.values() for name in (*source.train, *source.heldout)]
+    _refuse_links_outside(folder / CORPUS, [index.tokenizer_path, *shards])
     return index
 
 
@@ -141,6 +157,23 @@ class Parent:
     manifest_sha256: str
 
 
+FaultReason = Literal["loss not finite", "gradient norm not finite", "loss spike", "gradient norm spike"]
+
+
+@config
+class Skipped:
+    """A batch of a lineage that was consumed and not trained on, and why."""
+
+    stage: str
+    step: int  # of the stage: the first is 1
+    tokens: dict[str, int]  # of the batch, by source
+    reason: FaultReason
+    action: Literal["skip", "roll_back"]
+    value: float | None  # what was found; None: not finite
+    mean: float | None = None  # of the steps before, where they had a part in it
+    sigma: float | None = None  # their standard deviation
+
+
 @config
 class Manifest:
     """Written last into a checkpoint: what it is, what it came from, what its files hash to."""
@@ -163,22 +196,76 @@ class Manifest:
     model: dict[str, Any]
     files: dict[str, tuple[int, str]]  # name -> (bytes, sha256)
     pinned: bool = False
+    skipped: tuple[Skipped, ...] = ()  # batches of the lineage, oldest first
+    guard: dict[str, Any] = field(default_factory=dict)  # what the judgement of the next steps depends on (training.guard)
+    thinned_from: str = ""  # SHA-256 of the manifest.json it had before its optimizer state was removed
     format: int = 1
+
+    @property
+    def skipped_tokens(self) -> dict[str, int]:
+        """Tokens of the lineage that were left out, by source. The ledger counts what was consumed: less these, it was trained on."""
+        sums: dict[str, int] = {}
+        for source, tokens in (item for batch in self.skipped for item in batch.tokens.items()):
+            sums[source] = sums.get(source, 0) + tokens
+        return sums
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a checkpoint's manifest."""
-    write_json(folder / MANIFEST, to_json(manifest))
+    """Write a checkpoint's manifest, with a digest of itself."""
+    atomic_write(folder / MANIFEST, _signed(to_json(manifest)))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest; `CheckpointError` where there is none (then it is not a checkpoint)."""
-    manifest: Manifest = _record(Manifest, folder / MANIFEST, "a checkpoint's manifest", CheckpointError)
+    """Read a checkpoint's manifest; `DamagedCheckpointError` where it is missing, or not to the byte what was written."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes().decode()  # reading as text would make one of all ends of line
+        values = json.loads(text)
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{folder}: has no {MANIFEST}: it was never published, or lost it; use another checkpoint") from None
+    except (ValueError, RecursionError, OSError) as cause:
+        raise DamagedCheckpointError(f"{path}: not valid JSON, or not readable: {cause}; use another checkpoint of the run") from None
+    digest = values.pop(OWN_DIGEST, None) if isinstance(values, dict) else None
+    if digest is None or text != _signed(values):
+        raise DamagedCheckpointError(
+            f"{path}: is not what its {OWN_DIGEST} says: it was changed after it was written, or another version wrote it; "
+            f"use another checkpoint of the run"
+        )
+    manifest: Manifest = _checked(Manifest, values, path, DamagedCheckpointError)
     return manifest
 
 
+def _signed(values: Json) -> str:
+    """A manifest's text. There is one text for given values: a changed byte shows even where the values stay the same."""
+    return json.dumps({**values, OWN_DIGEST: content_hash(values)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name is that of a file in the folder itself, not a path to anywhere else."""
+    return PurePosixPath(name).name == name and name not in ("", ".", "..") and "\0" not in name
+
+
+def _refuse_outside(paths: tuple[str, ...]) -> None:
+    for path in paths:
+        parts = PurePosixPath(path)
+        if parts.is_absolute() or ".." in parts.parts or not parts.parts or "\0" in path:
+            raise ConfigError(f"path {path!r} leads out of the corpus' folder; the index was altered")
+
+
+def _refuse_links_outside(record: Path, names: list[str]) -> None:
+    """`DataError` where a file that a record names is, or lies behind, a link that leaves the record's folder."""
+    folder = record.parent.resolve()
+    for name in names:
+        found = (folder / name).resolve()
+        if not found.is_relative_to(folder):
+            raise DataError(f"{record}: {name!r} is a link that leads out of the folder, to {found}; put the file itself there")
+
+
 def _record(kind: Any, path: Path, what: str, error: type[Exception]) -> Any:
-    values = read_json(path, what, error)
+    return _checked(kind, read_json(path, what, error), path, error)
+
+
+def _checked(kind: Any, values: Any, path: Path, error: type[Exception]) -> Any:
     try:
         return from_json(kind, values, str(path))
     except ValueError as cause:

@@ -1,4 +1,4 @@
-"""Small real checkpoints for tests: manifests, and one tensor and one byte entry saved through `save_checkpoint`."""
+"""Small checkpoints for tests: manifests, files that fit one, and one tensor and one byte entry saved through `save_checkpoint`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from megatron_ext.config.base import content_hash
 from megatron_ext.provenance import Manifest, file_sha256, read_manifest, write_manifest
 
 TOKENS_PER_STEP = 128
+CONTENT = {".metadata": b"m" * 300, "common.pt": b"c" * 20, "metadata.json": b"{}", "__0_0.distcp": b"0" * 999, "__1_0.distcp": b"1" * 500}
 
 
 def manifest(iteration: int, **changes: Any) -> Manifest:
@@ -20,6 +21,17 @@ def manifest(iteration: int, **changes: Any) -> Manifest:
         "ledger": (), "optimizer_layout": "dp_reshardable", "plan": {}, "model": {}, "files": {},
     }  # fmt: skip
     return Manifest(**{**values, **changes})
+
+
+def write_files(folder: Path, iteration: int, **changes: Any) -> Path:
+    """A checkpoint under `folder` that is whole by its manifest; its files are nobody's format, so nothing can load it."""
+    path = folder / f"iter_{iteration:07d}"
+    path.mkdir(parents=True)
+    for name, content in CONTENT.items():
+        (path / name).write_bytes(content)
+    files = {name: (len(content), file_sha256(path / name)) for name, content in CONTENT.items()}
+    write_manifest(path, manifest(iteration, **{"files": files, **changes}))
+    return path
 
 
 def small_state(entry: Any = None) -> dict[str, Any]:
@@ -35,11 +47,18 @@ def small_state(entry: Any = None) -> dict[str, Any]:
     }
 
 
-def save_small(folder: Path, entry: Any = None) -> Path:
-    """Save `small_state` as iteration 1 under `folder`; one rank's process group must run."""
-    from megatron_ext.checkpoint.save import save_checkpoint
+def extra_state(value: Any = None) -> dict[str, Any]:
+    """What a layer of Transformer Engine adds to a state: a sharded object under Megatron's name for it."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    return save_checkpoint(small_state(entry), folder, 1, 1, lambda digests: manifest(1, files=digests))
+    return {"extra": ShardedObject("decoder.layers.self_attention.linear_qkv._extra_state", value, (1,), (0,))}
+
+
+def save_small(folder: Path, entry: Any = None, **more: Any) -> Path:
+    """Save `small_state` and `more` as iteration 1 under `folder`; one rank's process group must run."""
+    from megatron_ext.checkpoint.save import Target, save_checkpoint
+
+    return save_checkpoint({**small_state(entry), **more}, Target(folder, 1, 1, lambda digests: manifest(1, files=digests)))
 
 
 def sign_again(checkpoint: Path) -> None:

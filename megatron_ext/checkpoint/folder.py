@@ -133,12 +133,25 @@ def find(folder: Path, tokens: int | None, stage: str) -> tuple[Path, Manifest]:
         last = latest(folder)
         path = iteration_path(folder, iterations[-1] if last is None else last)
         return path, read_manifest(path)
-    manifests = {i: read_manifest(iteration_path(folder, i)) for i in iterations}
+    manifests, damaged = _manifests(folder, iterations)
     for iteration, manifest in manifests.items():
         if manifest.tokens == tokens:
             return iteration_path(folder, iteration), manifest
+    if damaged:
+        raise DamagedCheckpointError(f"{folder}: no whole checkpoint of '{stage}' at {tokens:,} tokens; damaged are: {'; '.join(damaged)}")
     there = ", ".join(f"{m.tokens:,}" for m in manifests.values())
     raise CheckpointError(
         f"{folder}: no checkpoint of '{stage}' at {tokens:,} tokens; there are {there}. "
         f"Name one of these, or pin the point (plan.pin_every_tokens) and train the stage again"
     )
+
+
+def _manifests(folder: Path, iterations: list[int]) -> tuple[dict[int, Manifest], list[str]]:
+    """The manifests that can be read, and what is wrong with the others."""
+    found, damaged = {}, []
+    for iteration in iterations:
+        try:
+            found[iteration] = read_manifest(iteration_path(folder, iteration))
+        except DamagedCheckpointError as problem:
+            damaged.append(str(problem))
+    return found, damaged

@@ -1,8 +1,9 @@
 """Opening a torch_dist checkpoint without running code from it.
 
 Two places of the format are pickles that torch opens without a guard: `.metadata` and the byte
-entries inside `.distcp` files (Megatron's sharded objects, such as `_extra_state`); a third,
-`common.pt`, has one that an environment variable switches off. Here all go through allow-lists.
+entries inside `.distcp` files (Megatron's sharded objects); a third, `common.pt`, has one that an
+environment variable switches off. Here all go through allow-lists. A fourth, Transformer Engine's
+extra state, is a pickle inside an entry: extra_state.py looks into it.
 `install` puts our reader, planner and loader where Megatron-Core looks for its own, so nothing in
 the process can load around them.
 """
@@ -23,7 +24,8 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, DamagedCheckpointError
+from megatron_ext.provenance import is_plain_name
 
 # Every class that torch's checkpoint metadata is made of, and no other.
 _METADATA_CLASSES = {
@@ -67,15 +69,17 @@ def read_metadata(folder: Path) -> Metadata:
             metadata = _MetadataUnpickler(file, path).load()
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{path}: holds a {type(metadata).__name__}, not checkpoint metadata; the file was altered")
-        for info in (metadata.storage_data or {}).values():
-            if Path(info.relative_path).name != info.relative_path:
+        for index, info in (metadata.storage_data or {}).items():
+            if not is_plain_name(info.relative_path):
                 raise CheckpointError(f"{path}: points to a file outside the checkpoint: {info.relative_path!r}; it was altered")
+            if not isinstance(index.fqn, str) or min(info.offset, info.length) < 0:
+                raise CheckpointError(f"{path}: entry {index.fqn!r} lies at {info.offset}, {info.length} bytes long; it was altered")
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; the checkpoint is not whole, use another one") from None
+        raise DamagedCheckpointError(f"{path}: no such file; the checkpoint is not whole, use another one") from None
     except CheckpointError:
         raise
     except Exception as cause:  # noqa: BLE001 - a damaged pickle raises anything, MemoryError too
-        raise CheckpointError(f"{path}: not readable: {_line(cause)}; the file is damaged, use another checkpoint") from None
+        raise DamagedCheckpointError(f"{path}: not readable: {first_line(cause)}; the file is damaged, use another checkpoint") from None
     return metadata
 
 
@@ -83,21 +87,23 @@ def read_common(folder: Path) -> dict[str, Any]:
     """A checkpoint's `common.pt`, what of it is not sharded; `CheckpointError` names a refused class."""
     path = folder / COMMON_STATE_FNAME
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; the checkpoint is not whole, use another one")
-    common: dict[str, Any] = _weights_only(path, str(path))
+        raise DamagedCheckpointError(f"{path}: no such file; the checkpoint is not whole, use another one")
+    common: dict[str, Any] = weights_only(path, str(path))
     return common
 
 
-def _weights_only(source: Any, name: str) -> Any:
-    """A file or stream of `torch.save`, by torch's allow-list of plain values and tensors."""
+def weights_only(source: Any, name: str) -> Any:
+    """A file or stream of `torch.save`, by torch's allow-list of plain values and tensors; `CheckpointError` names what it refused."""
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as cause:
         # torch's inner error says what it refused, the outer one how to run it all the same.
-        raise CheckpointError(f"{name}: refused, nothing was run: {_line(cause.__context__ or cause)}; it was damaged or altered") from None
+        raise CheckpointError(
+            f"{name}: refused, nothing was run: {first_line(cause.__context__ or cause)}; it was damaged or altered"
+        ) from None
 
 
-def _line(cause: BaseException) -> str:
+def first_line(cause: BaseException) -> str:
     """The first line of an error's text; its name where it has none."""
     return next(iter(str(cause).splitlines()), "") or type(cause).__name__
 
@@ -127,7 +133,7 @@ class SafeLoadPlanner(MCoreLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Read a byte entry by torch's weights-only allow-list."""
         name = read_item.dest_index.fqn
-        entry = _weights_only(value, f"checkpoint entry '{name}'")
+        entry = weights_only(value, f"checkpoint entry '{name}'")
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], entry)
         else:

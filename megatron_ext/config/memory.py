@@ -48,10 +48,11 @@ def memory(model: ModelConfig, budget: Budget, precision: Precision, plan: Train
     That is one of the first pipeline stage (most micro-batches in flight) or of the last (logits).
     """
     stages = {0, plan.pipeline - 1}
-    return max((_of_stage(model, budget, precision, plan, stage) for stage in sorted(stages)), key=lambda m: m.total_bytes)
+    return max((memory_of_stage(model, budget, precision, plan, stage) for stage in sorted(stages)), key=lambda m: m.total_bytes)
 
 
-def _of_stage(model: ModelConfig, budget: Budget, precision: Precision, plan: TrainPlan, stage: int) -> Memory:
+def memory_of_stage(model: ModelConfig, budget: Budget, precision: Precision, plan: TrainPlan, stage: int) -> Memory:
+    """Memory of a GPU of pipeline stage `stage`."""
     parameters = parameters_per_gpu(model, plan, stage)
     shards = plan.data_parallel * plan.context if plan.distributed_optimizer else 1
     matrices = (model.num_layer_parameters - 2 * model.hidden_size) * model.num_layers // (plan.tensor * plan.pipeline)
@@ -59,7 +60,7 @@ def _of_stage(model: ModelConfig, budget: Budget, precision: Precision, plan: Tr
         # FP8 keeps BF16 weights, and of each layer's matrices an FP8 copy and its transpose.
         weights_bytes=_element_bytes(precision) * parameters + (2 * matrices if precision == "fp8" else 0),
         gradients_bytes=4 * parameters,  # main gradients are FP32 in every precision
-        optimizer_bytes=-(-_optimizer_bytes_per_parameter(precision) * parameters // shards),
+        optimizer_bytes=-(-optimizer_bytes_per_parameter(precision) * parameters // shards),
         activations_bytes=activation_bytes(model, budget, precision, plan, stage),
         logits_bytes=logit_bytes(model, budget, precision, plan) if stage == plan.pipeline - 1 else 0,
     )
@@ -69,7 +70,7 @@ def _element_bytes(precision: Precision) -> int:
     return 4 if precision == "fp32" else 2
 
 
-def _optimizer_bytes_per_parameter(precision: Precision) -> int:
+def optimizer_bytes_per_parameter(precision: Precision) -> int:
     """Two FP32 moments; and FP32 master weights where the model's own are BF16."""
     return 8 if precision == "fp32" else 12
 
@@ -168,9 +169,10 @@ def files_per_checkpoint(plan: TrainPlan) -> int:
 
 
 def pinned_steps(budget: Budget, plan: TrainPlan) -> tuple[int, ...]:
-    """Steps whose checkpoints are never removed: nearest to each multiple of `pin_every_tokens`, and the last."""
+    """Steps whose checkpoints are never removed: `pin_tokens`, nearest to each multiple of `pin_every_tokens`, and the last."""
     multiples = range(plan.pin_every_tokens, budget.tokens + 1, plan.pin_every_tokens) if plan.pin_every_tokens else ()
-    return tuple(sorted({budget.nearest_step(tokens) for tokens in multiples} - {0} | {budget.steps}))
+    named = {budget.step_at(tokens) for tokens in plan.pin_tokens}
+    return tuple(sorted({budget.nearest_step(tokens) for tokens in multiples} - {0} | named | {budget.steps}))
 
 
 def kept_checkpoints(budget: Budget, plan: TrainPlan) -> int:
@@ -183,3 +185,26 @@ def kept_checkpoints(budget: Budget, plan: TrainPlan) -> int:
 def disk_bytes(model: ModelConfig, budget: Budget, precision: Precision, plan: TrainPlan) -> int:
     """Disk for the checkpoints of a finished stage."""
     return kept_checkpoints(budget, plan) * checkpoint_bytes(model, precision, plan)
+
+
+def save_host_bytes(model: ModelConfig, precision: Precision, plan: TrainPlan) -> int:
+    """Host memory that the ranks of one node need at most for a pinned checkpoint.
+
+    Megatron-Core gathers the FP32 weights and moments of its part of the model, P parameters, on every
+    rank: 12 P bytes, and while a bucket of B parameters is put together 8 B more. An asynchronous save
+    copies what is written, (w + 12) P bytes on each rank that writes: one a tensor and pipeline place.
+    Routine checkpoints, and all without the distributed optimizer, gather nothing.
+    """
+    parameters = max(parameters_per_gpu(model, plan, stage) for stage in {0, plan.pipeline - 1})
+    writers = min(plan.ranks_per_node, plan.tensor * plan.pipeline)
+    copies = writers * (_element_bytes(precision) + 12) * parameters if plan.asynchronous_saves else 0
+    if not plan.distributed_optimizer:
+        return copies
+    return plan.ranks_per_node * (12 * parameters + 8 * _largest_bucket(model, plan, parameters)) + copies
+
+
+def _largest_bucket(model: ModelConfig, plan: TrainPlan, parameters: int) -> int:
+    """Parameters: Megatron-Core cuts buckets on the first of several pipeline stages only, at max(40M, 1M x data), after a whole tensor."""
+    if plan.device == "cpu" or plan.pipeline > 1 or plan.virtual_pipeline > 1:
+        return parameters
+    return min(parameters, max(40_000_000, 1_000_000 * plan.data_parallel * plan.context) + model.num_embedding_parameters // plan.tensor)

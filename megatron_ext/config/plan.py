@@ -39,8 +39,12 @@ class TrainPlan:
     log_every_steps: int = 1
     save_every_steps: int = 1000
     pin_every_tokens: int = 0  # also save at the step nearest to each multiple; 0: only the interval and the end
+    pin_tokens: tuple[int, ...] = ()  # also save at these steps; a graph adds the points that its stages start from
     validate_every_steps: int = 1000
     validation_sequences: int = 64  # held-out sequences per source
+    asynchronous_saves: bool = False  # write from a copy in memory while training goes on
+    on_failed_save: Literal["stop", "go_on"] = "stop"  # a full disk, say; the last save of a stage must succeed
+    on_damaged_checkpoint: Literal["fall_back", "stop"] = "fall_back"  # to the newest whole one of the run, recorded
     keep_checkpoints: int = 3  # newest, besides pinned ones and the last
 
     def __post_init__(self) -> None:
@@ -52,6 +56,8 @@ class TrainPlan:
         for key in ("loader_workers", "pin_every_tokens", "validation_sequences"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"plan: {key} is {getattr(self, key)}, must not be negative")
+        if any(tokens < 1 for tokens in self.pin_tokens):
+            raise ConfigError(f"plan: pin_tokens is {list(self.pin_tokens)}, but nothing is saved before step 1; name tokens above 0")
         if self.num_ranks % self.model_parallel:
             raise ConfigError(
                 f"plan: nodes {self.nodes} x ranks_per_node {self.ranks_per_node} = {self.num_ranks} ranks is no multiple of "

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from megatron_ext.config.base import Json, config, to_json
 from megatron_ext.config.budget import Budget
+from megatron_ext.config.faults import Faults
 from megatron_ext.config.mixture import Mixture
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import Optimizer
@@ -177,6 +178,7 @@ class TrainStage:
     schedule: Schedule
     optimizer: Optimizer = Optimizer()
     documents: Documents = Documents()
+    faults: Faults = Faults()
     precision: Precision = "bf16"
     seed: int = 1234
     kind: Literal["train"] = "train"
@@ -189,6 +191,11 @@ class TrainStage:
                 f"stage {self.name}: documents.attention='within' is available with plan.device=cpu only: Transformer Engine's causal "
                 f"attention ignores the mask that keeps documents apart; use attention='across', or plan.device=cpu with precision=fp32"
             )
+        for tokens in self.plan.pin_tokens:
+            try:
+                self.budget.step_at(tokens)
+            except ConfigError as error:
+                raise ConfigError(f"stage {self.name}: plan.pin_tokens: {error}") from None
         if self.schedule.warmup_tokens > self.budget.tokens:
             raise ConfigError(
                 f"stage {self.name}: warmup_tokens {self.schedule.warmup_tokens:,} exceed the stage's {self.budget.tokens:,} tokens"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_ext.config.base import config, from_json, nearest, override
@@ -57,17 +58,39 @@ def _check_start(graph: str, stage: TrainStage, parent: Any) -> None:
     if isinstance(start, Weights | Branch) and start.tokens is not None:
         if parent.kind == "convert":
             raise ConfigError(f"{where}: tokens={start.tokens:,} of '{parent.name}', a converted model; leave tokens out")
+        if start.tokens < 1:
+            raise ConfigError(f"{where}: tokens=0 of '{parent.name}', where nothing is saved; start where '{parent.name}' itself starts")
         parent.budget.step_at(start.tokens)
 
 
-def with_overrides(graph: Graph, assignments: list[str]) -> Graph:
-    """The graph after `stage.key=value` assignments, checked again as a whole."""
-    if not assignments:
+def with_joints(graph: Graph) -> Graph:
+    """The graph with every point that a stage starts from pinned in the plan of the stage that it starts from.
+
+    An edge names a checkpoint: without a pin it could be removed before its reader runs. The last one needs none.
+    """
+    joints: dict[str, set[int]] = {}
+    for stage in graph.stages:
+        start = getattr(stage, "start", None)
+        if isinstance(start, Weights | Branch) and start.tokens is not None:
+            joints.setdefault(start.stage, set()).add(start.tokens)
+    if not joints:
         return graph
+    return replace(graph, stages=tuple(_pinned(stage, joints.get(stage.name, set())) for stage in graph.stages))
+
+
+def _pinned(stage: Any, tokens: set[int]) -> Any:
+    if tokens <= set(stage.plan.pin_tokens if isinstance(stage, TrainStage) else ()):
+        return stage
+    return replace(stage, plan=replace(stage.plan, pin_tokens=tuple(sorted(tokens | set(stage.plan.pin_tokens)))))
+
+
+def with_overrides(graph: Graph, assignments: list[str]) -> Graph:
+    """The graph after `stage.key=value` assignments, checked again as a whole, its joints pinned."""
+    if not assignments:
+        return with_joints(graph)
 
     def read(data: Any) -> Graph:
         whole: Graph = from_json(Graph, data, "after the overrides " + " ".join(assignments))
         return whole
 
-    stages = override(graph, [f"stages.{a}" for a in assignments], read)
-    return stages
+    return with_joints(override(graph, [f"stages.{a}" for a in assignments], read))

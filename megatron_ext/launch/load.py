@@ -20,7 +20,7 @@ import megatron_ext
 from megatron_ext.config.base import nearest
 from megatron_ext.config.cluster import Cluster
 from megatron_ext.errors import ConfigError
-from megatron_ext.launch.graph import Graph
+from megatron_ext.launch.graph import Graph, with_overrides
 
 CHECKOUT = Path(megatron_ext.__file__).resolve().parent.parent
 
@@ -36,6 +36,12 @@ class _Wanted(NamedTuple):
 
 RECIPE = _Wanted("recipe", Graph, "octothinker:llama_3b or ./my.py:run", "")
 CLUSTER = _Wanted("cluster", Cluster, "h100 or ./site.py:h100", "clusters")
+
+
+def load_graph(recipe: str, overrides: list[str], cluster: str | None) -> tuple[Graph, Cluster | None]:
+    """What a command's words name: a recipe's graph after its overrides, and a cluster."""
+    facts = load_cluster(cluster) if cluster else None
+    return with_overrides(load_recipe(recipe), overrides), facts
 
 
 def load_recipe(name: str) -> Graph:

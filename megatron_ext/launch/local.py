@@ -19,26 +19,31 @@ from megatron_ext.config.stages import inputs
 from megatron_ext.errors import LaunchError
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.plan import plan_rows
-from megatron_ext.launch.ranks import thread_environment
+from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions, thread_environment
 from megatron_ext.launch.tree import columns, progress
-from megatron_ext.launch.verbs import RUN_VERBS, STAGE_KINDS
-from megatron_ext.runs import Run, attempt_numbers, open_run, read_done, read_json, refuse_other_science, write_run
+from megatron_ext.launch.verbs import RUN_VERBS, STAGE_KINDS, check_code
+from megatron_ext.runs import RECIPE, Run, attempt_numbers, open_run, read_done, read_json, refuse_other_science, write_run
+from megatron_ext.snapshot import PACKAGE, files_hash, snapshot_environment, source_files, take_snapshot
 
 LOG_LINES = 20
 GRACE_SECONDS = 40.0  # torchrun gives its ranks 30 s to stop before it kills them
 
 
-def launch_local(graph: Graph, runs_dir: Path, cluster: Cluster | None) -> None:
+def launch_local(graph: Graph, runs_dir: Path, cluster: Cluster | None, permissions: Permissions = NO_PERMISSIONS) -> None:
     """Run every stage of `graph` that is not done, into `runs_dir/<graph>/<stage>`, and print what came of it.
 
+    Stages run a snapshot of this code as it is now: editing it while they run changes nothing.
     Before anything is written or run: `LaunchError` where a stage's kind has no verb, `ConfigError` or
-    `DataError` where the plan cannot be carried out, `RunError` where a folder holds another recipe.
-    Later: `LaunchError` where a stage fails.
+    `DataError` where the plan cannot be carried out, `RunError` where a folder holds another recipe,
+    or a begun stage of other code. Later: `LaunchError` where a stage fails.
     """
     folder = runs_dir / graph.name
     _check_kinds(graph)
     plan_rows(graph, cluster)  # refuses what could not run as planned
     _check_folders(graph, folder)
+    if not permissions.other_code:
+        _check_codes(graph, folder)
+    snapshot = take_snapshot(runs_dir)
     runs = [_write(graph, stage, folder, cluster) for stage in graph.stages]
     for number, run in enumerate(runs, start=1):
         line = f"[{number}/{len(runs)}] {run.name}: {run.stage.kind}"
@@ -46,7 +51,7 @@ def launch_local(graph: Graph, runs_dir: Path, cluster: Cluster | None) -> None:
             print(f"{line}, done before, skipped", flush=True)
             continue
         print(line, flush=True)
-        run_stage(run)
+        run_stage(run, snapshot, permissions)
     print(summary_text(runs), flush=True)
 
 
@@ -80,24 +85,32 @@ def _check_folders(graph: Graph, folder: Path) -> None:
         hashes[stage.name] = refuse_other_science(folder / stage.name, stage, {r: hashes[p] for r, p in inputs(stage).items()})
 
 
+def _check_codes(graph: Graph, folder: Path) -> None:
+    here = files_hash(source_files(PACKAGE))  # what a snapshot would hold; this process may have been started before an edit
+    begun = [open_run(folder / stage.name) for stage in graph.stages if (folder / stage.name / RECIPE).is_file()]
+    for run in begun:
+        if not run.is_done():
+            check_code(run, here)
+
+
 def _write(graph: Graph, stage: Any, folder: Path, cluster: Cluster | None) -> Run:
     parents = {role: folder / parent for role, parent in inputs(stage).items()}
     return write_run(folder / stage.name, graph.name, stage, parents, cluster)
 
 
-def run_stage(run: Run) -> None:
-    """Run one stage's verb in a process of its own; `LaunchError` with the end of its log where it fails.
+def run_stage(run: Run, snapshot: Path, permissions: Permissions = NO_PERMISSIONS) -> None:
+    """Run one stage's verb in a process of its own, from a snapshot; `LaunchError` with the end of its log where it fails.
 
     The child has its own process group: a Ctrl-C reaches this process alone, which then stops the
     child and all its ranks before it goes.
     """
     before = attempt_numbers(run.path)
-    command = [sys.executable, "-m", "megatron_ext", run.stage.kind, str(run.path)]
+    command = [sys.executable, "-m", "megatron_ext", run.stage.kind, str(run.path), *permissions.words]
     caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
     for number in caught:  # what is ignored, as under nohup, stays ignored
         signal.signal(number, _terminated)
     try:
-        child = subprocess.Popen(command, env=_environment(run), stdin=subprocess.DEVNULL, process_group=0)
+        child = subprocess.Popen(command, env=_environment(run, snapshot), stdin=subprocess.DEVNULL, process_group=0)
         try:
             code = child.wait()
         except BaseException:
@@ -114,10 +127,11 @@ def run_stage(run: Run) -> None:
         raise LaunchError(f"stage '{run.name}' exited with 0 but left no DONE in {run.path}; this is a defect of its verb")
 
 
-def _environment(run: Run) -> dict[str, str]:
-    """This process's environment with pinned threads, and without another job's ranks."""
+def _environment(run: Run, snapshot: Path) -> dict[str, str]:
+    """This process's environment with pinned threads and the snapshot's code, and without another job's ranks."""
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
-    return {**{k: v for k, v in os.environ.items() if k not in ranks}, **thread_environment(run.stage)}
+    kept = {k: v for k, v in os.environ.items() if k not in ranks}
+    return {**kept, **thread_environment(run.stage), **snapshot_environment(snapshot)}
 
 
 def _terminated(signal_number: int, _: FrameType | None) -> NoReturn:

@@ -38,10 +38,11 @@ def resolved(graph: Graph) -> Json:
 
 def plan_rows(graph: Graph, cluster: Cluster | None = None) -> list[Json]:
     """One JSON-able row per training stage; `ConfigError` or `DataError` where the plan cannot be carried out."""
-    return [_row(graph, stage, cluster) for stage in graph.stages if isinstance(stage, TrainStage)]
+    return [plan_row(graph, stage, cluster) for stage in graph.stages if isinstance(stage, TrainStage)]
 
 
-def _row(graph: Graph, stage: TrainStage, cluster: Cluster | None) -> Json:
+def plan_row(graph: Graph, stage: TrainStage, cluster: Cluster | None) -> Json:
+    """The row of one training stage; raises as `plan_rows` does."""
     budget, plan = stage.budget, stage.plan
     if cluster and plan.device == "gpu" and plan.ranks_per_node > cluster.gpus_per_node:
         raise ConfigError(

@@ -7,13 +7,32 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from megatron_ext.attempts import TAKE_OVER
 from megatron_ext.config.plan import TrainPlan
 from megatron_ext.errors import LaunchError
 from megatron_ext.runs import Run
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """What a user allows a stage beyond the usual, each by the flag of its name."""
+
+    other_code: bool = False  # go on with what other code began
+    take_over: bool = False  # begin although another attempt seems to be at work
+
+    @property
+    def words(self) -> list[str]:
+        """The flags, for a command that starts the same stage."""
+        return [*(["--other-code"] if self.other_code else []), *(["--take-over"] if self.take_over else [])]
+
+
+NO_PERMISSIONS = Permissions()
 
 
 def thread_environment(stage: Any) -> dict[str, str]:
@@ -22,8 +41,8 @@ def thread_environment(stage: Any) -> dict[str, str]:
     return dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
-def torchrun_command(run: Run) -> list[str]:
-    """The command that starts every rank of a one-node plan on this machine."""
+def torchrun_command(run: Run, permissions: Permissions = NO_PERMISSIONS, words: Sequence[str] = ()) -> list[str]:
+    """The command that starts every rank of a one-node plan on this machine; each does `words` (none: the run's own verb)."""
     plan = run.stage.plan
     if plan.nodes > 1:
         raise LaunchError(
@@ -32,7 +51,7 @@ def torchrun_command(run: Run) -> list[str]:
         )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(plan.num_ranks)]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return [*torchrun, *rendezvous, "-m", "megatron_ext", run.stage.kind, str(run.path)]
+    return [*torchrun, *rendezvous, "-m", "megatron_ext", *(words or [run.stage.kind, str(run.path), *permissions.words])]
 
 
 def is_a_rank() -> bool:
@@ -41,15 +60,17 @@ def is_a_rank() -> bool:
     return "WORLD_SIZE" in os.environ or by_srun
 
 
-def become_ranks(run: Run, num_ranks: int | None = None) -> None:
+def become_ranks(run: Run, num_ranks: int | None = None, permissions: Permissions = NO_PERMISSIONS, words: Sequence[str] = ()) -> None:
     """Pin the threads; where the work takes several ranks (default: the plan's) and this process is none, become torchrun.
 
     Does not return in the second case. Must run before torch or numpy is imported.
     """
     os.environ.update(thread_environment(run.stage))
+    if permissions.take_over:
+        os.environ[TAKE_OVER] = "1"
     if num_ranks is None:
         num_ranks = run.stage.plan.num_ranks if isinstance(run.stage.plan, TrainPlan) else 1
     if num_ranks > 1 and not is_a_rank():
-        command = torchrun_command(run)
+        command = torchrun_command(run, permissions, words)
         sys.stdout.flush()
         os.execv(command[0], command)

@@ -1,9 +1,14 @@
-"""The lineage of run folders as text: who starts from whom, how far each has come.
+"""The lineage of run folders as text: who starts from whom and where, how far each has come, what is odd about it.
 
 demo  (runs/demo)
-  corpus      tokenize  DONE
-  base        train     DONE                       tokens 1,024 of 1,024  loss 5.1034  checkpoint 64
-  └─ stable   train     attempt 2: running, pid 7  tokens 512 of 4,096    loss 4.8810  checkpoint 32  branch at 1,024 of base
+  corpus       tokenize  DONE
+  base         train     DONE                       tokens 1,024 of 1,024  checkpoint 64
+  └─ stable    train     attempt 2: running, pid 7  tokens 512 of 4,096    checkpoint 32  weights of base at 1,024 tokens, LR 0.003
+     │ pinned at 256 tokens
+     └─ decay  train     not started                tokens 0 of 512                       branch of stable at 256 tokens, LR 0.003
+
+Children stand by the point where they leave their parent, then in the order in which a report of the
+folder names them (the graph's order, which no other file keeps), then by name.
 """
 
 from __future__ import annotations
@@ -14,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.stages import TrainStage
-from megatron_ext.errors import CheckpointError, RunError
+from megatron_ext.errors import RunError
+from megatron_ext.launch.joints import joint_of, latest_iteration, parent_change, published, rate_words, readable_manifest
+from megatron_ext.launch.verbs import attempt_codes
 from megatron_ext.metrics import read_metrics
-from megatron_ext.provenance import Manifest, read_corpus, read_manifest
-from megatron_ext.runs import RECIPE, Run, attempt_numbers, open_run, read_done, read_json
+from megatron_ext.provenance import Manifest, read_corpus
+from megatron_ext.runs import ATTEMPTS, RECIPE, Run, attempt_numbers, open_run, read_done, read_json
+from megatron_ext.snapshot import code_words
 
-LATEST = "latest_checkpointed_iteration.txt"
+FALLBACK = "fallback.json"
+SHOWN = 100  # characters of a reason
 DEPTHS = ("", "*/", "*/*/")  # one run, a graph's folder, a folder of graphs
 
 
@@ -43,6 +52,11 @@ def find_runs(folder: Path) -> list[Run]:
     return [open_run(path.parent) for path in recipes]
 
 
+def tree_command(runs: Path) -> None:
+    """Print the lineage of the run folders under a folder."""
+    print(tree_text(runs))
+
+
 def tree_text(runs_dir: Path) -> str:
     """One block for each graph's folder: data stages, then training along its starts, then what reads it."""
     folders: dict[Path, list[Run]] = {}
@@ -52,6 +66,7 @@ def tree_text(runs_dir: Path) -> str:
 
 
 def _graph_text(folder: Path, runs: list[Run]) -> str:
+    runs = _in_order(runs)
     children = _children(runs)
     by_path = {run.path: run for run in runs}
     trained = [run for run in runs if run.stage.kind == "train" or run.path in children]
@@ -59,11 +74,36 @@ def _graph_text(folder: Path, runs: list[Run]) -> str:
     roots = [run for run in trained if run.path not in below]
     paths = {run.path for run in trained}
     others = sorted((run for run in runs if run.path not in paths), key=lambda run: (_depth(run, by_path), run.name))
-    before = [("", run) for run in others if not paths & set(run.inputs.values())]
-    after = [("", run) for run in others if paths & set(run.inputs.values())]
-    drawn = [line for root in roots for line in _branches(root, children, by_path)]
-    rows = [[prefix + run.name, run.stage.kind, *_cells(run, progress(run))] for prefix, run in (*before, *drawn, *after)]
-    return "\n".join([f"{runs[0].graph}  ({os.path.relpath(folder)})", *(f"  {line}" for line in columns(rows))])
+    before = [_Line("", "", run) for run in others if not paths & set(run.inputs.values())]
+    after = [_Line("", "", run) for run in others if paths & set(run.inputs.values())]
+    drawn = [*before, *(line for root in roots for line in _branches(root, children, by_path)), *after]
+    made = [progress(line.run) for line in drawn]
+    rows = [[line.mark + line.run.name, line.run.stage.kind, *_cells(line.run, done)] for line, done in zip(drawn, made, strict=True)]
+    text = [f"{runs[0].graph}  ({os.path.relpath(folder)})"]
+    for line, row, done in zip(drawn, columns(rows), made, strict=True):
+        text += [f"  {row}", *(f"  {line.below}{note}" for note in notes(line.run, done))]
+    return "\n".join(text)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A run and what is drawn before its name, and before the notes under it."""
+
+    mark: str
+    below: str
+    run: Run
+
+
+def _in_order(runs: list[Run]) -> list[Run]:
+    """Runs by the point where they leave their parent, then as a report names them, then by name."""
+    reports = [run.stage.stages for run in runs if run.stage.kind == "report"]
+    named = [name for stages in sorted(reports, key=len, reverse=True) for name in stages]
+
+    def key(run: Run) -> tuple[int, int, str]:
+        joint = joint_of(run, None)
+        return (joint.tokens or 0 if joint else 0), named.index(run.name) if run.name in named else len(named), run.name
+
+    return sorted(runs, key=key)
 
 
 def _children(runs: list[Run]) -> dict[Path, list[Path]]:
@@ -82,13 +122,11 @@ def _depth(run: Run, by_path: dict[Path, Run]) -> int:
     return 1 + max((_depth(parent, by_path) for parent in parents), default=0)
 
 
-def _branches(
-    run: Run, children: dict[Path, list[Path]], by_path: dict[Path, Run], lead: str = "", mark: str = ""
-) -> list[tuple[str, Run]]:
-    """A run and all that starts from it, each with the lines drawn before its name."""
-    lines = [(lead + mark, run)]
+def _branches(run: Run, children: dict[Path, list[Path]], by_path: dict[Path, Run], lead: str = "", mark: str = "") -> list[_Line]:
+    """A run and all that starts from it, each with the lines drawn before it."""
     inner = lead + {"": "", "├─ ": "│  ", "└─ ": "   "}[mark]
     below = children.get(run.path, [])
+    lines = [_Line(lead + mark, inner + ("│ " if below else "  "), run)]
     for path in below:
         lines += _branches(by_path[path], children, by_path, inner, "└─ " if path == below[-1] else "├─ ")
     return lines
@@ -98,14 +136,14 @@ def progress(run: Run) -> Progress:
     """State, tokens, last loss and newest checkpoint of a run."""
     records = read_metrics(run.metrics_path, "train")
     last: dict[str, Any] = records[-1] if records else {}
-    iteration = _latest_iteration(run)
+    iteration = latest_iteration(run)
     return Progress(
         state=state(run),
         tokens=last.get("tokens") if run.stage.kind != "tokenize" else _corpus_tokens(run),
         lineage_tokens=last.get("lineage_tokens"),
         loss=last.get("loss"),
         iteration=iteration,
-        manifest=None if iteration is None else _manifest(run, iteration),
+        manifest=None if iteration is None else readable_manifest(run, iteration),
     )
 
 
@@ -133,8 +171,8 @@ def state(run: Run) -> str:
 def _end(attempt: Path) -> str:
     if (attempt / "exit.json").is_file():
         values = read_json(attempt / "exit.json", "how an attempt ended")
-        first_line = str(values.get("error", "")).partition("\n")[0]
-        return f"{values['reason']}: {first_line[:100]}" if first_line else str(values["reason"])
+        error = _first_line(values.get("error", ""))
+        return f"{values['reason']}: {error}" if error else str(values["reason"])
     if not (attempt / "plan.json").is_file():
         return "begun"
     values = read_json(attempt / "plan.json", "how an attempt began")
@@ -142,23 +180,6 @@ def _end(attempt: Path) -> str:
         return f"running or lost, on {values['host']}"
     alive = Path(f"/proc/{values['pid']}").exists()
     return f"running, pid {values['pid']}" if alive else "killed (no word of its end)"
-
-
-def _latest_iteration(run: Run) -> int | None:
-    path = run.checkpoints_path / LATEST
-    if not path.is_file():
-        return None
-    text = path.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
-        raise RunError(f"{path}: holds {text[:40]!r}, not the number of a checkpoint; write the newest iter_ folder's number into it")
-    return int(text)
-
-
-def _manifest(run: Run, iteration: int) -> Manifest | None:
-    try:
-        return read_manifest(run.checkpoints_path / f"iter_{iteration:07d}")
-    except CheckpointError:
-        return None  # the tree says so, and goes on to the other runs
 
 
 def _cells(run: Run, done: Progress) -> list[str]:
@@ -180,13 +201,45 @@ def _tokens(run: Run, done: Progress) -> str:
 
 
 def _start(run: Run, manifest: Manifest | None) -> str:
-    """Where a run's first weights come from: the manifest knows it, the recipe says what was asked for."""
-    start = getattr(run.stage, "start", None)
-    if start is None or start.kind == "scratch":
-        return "from scratch" if start is not None else ""
-    if manifest is not None and manifest.parent is not None:
-        return f"{start.kind} of {start.stage} at {manifest.parent.tokens:,} tokens"
-    return f"{start.kind} of {start.stage} at {'its last checkpoint' if start.tokens is None else f'{start.tokens:,} tokens'}"
+    joint = joint_of(run, manifest)
+    if joint is None:
+        return "from scratch" if isinstance(run.stage, TrainStage) else ""
+    at = "its last checkpoint" if joint.is_last else ""
+    if joint.tokens is not None:
+        at = f"{at} ({joint.tokens:,} tokens)" if at else f"{joint.tokens:,} tokens"
+    return f"{joint.start} of {joint.stage} at {at}{rate_words(joint)}"
+
+
+def notes(run: Run, done: Progress) -> list[str]:
+    """What a run's row has no room for: pinned and thinned checkpoints, other code, fall-backs, a parent that changed."""
+    joint = joint_of(run, done.manifest)
+    lines = [_kept_words(run), code_words(attempt_codes(run)), *fallbacks(run), parent_change(joint) if joint else ""]
+    return [line for line in lines if line]
+
+
+def _kept_words(run: Run) -> str:
+    """Pinned checkpoints besides the last, and those without optimizer state."""
+    if not isinstance(run.stage, TrainStage):
+        return ""
+    kept = [manifest for i in published(run) if (manifest := readable_manifest(run, i))]
+    pinned = [f"{m.tokens:,}" for m in kept if m.pinned and m.tokens < run.stage.budget.tokens]
+    thinned = [f"{m.tokens:,}" for m in kept if m.thinned_from]
+    words = [f"{what} at {', '.join(tokens)} tokens" for what, tokens in (("pinned", pinned), ("weights only", thinned)) if tokens]
+    return "; ".join(words)
+
+
+def fallbacks(run: Run) -> list[str]:
+    """A line for each attempt that went back to an older checkpoint than the newest."""
+    paths = {number: run.path / ATTEMPTS / str(number) / FALLBACK for number in attempt_numbers(run.path)}
+    found = {number: read_json(path, "why an attempt fell back") for number, path in paths.items() if path.is_file()}
+    return [
+        f"attempt {number} fell back from {v['from'] or 'a damaged tracker'} to {v['to']}: {_first_line(v['reason'])}"
+        for number, v in found.items()
+    ]
+
+
+def _first_line(text: Any) -> str:
+    return str(text).partition("\n")[0][:SHOWN]
 
 
 def columns(rows: list[list[str]]) -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_ext.attempts import RECORD
 from megatron_ext.errors import RunError
-from megatron_ext.launch.ranks import become_ranks
-from megatron_ext.runs import Run, open_run, read_done
+from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions, become_ranks
+from megatron_ext.runs import ATTEMPTS, Run, attempt_numbers, open_run, read_done, read_json
+from megatron_ext.snapshot import check_own_snapshot, code_hash, snapshot_command, snapshot_path
 
 
 class Verb(NamedTuple):
@@ -30,8 +32,11 @@ RUN_VERBS = {
 STAGE_KINDS = tuple(dict.fromkeys(verb.kind for verb in RUN_VERBS.values()))
 
 
-def open_for(name: str, folder: Path) -> Run | None:
-    """Open a run folder for a verb, in the processes its plan asks for; None, and a word about it, where the run is done."""
+def open_for(name: str, folder: Path, permissions: Permissions = NO_PERMISSIONS) -> Run | None:
+    """Open a run folder for a verb, in the processes its plan asks for; None, and a word about it, where the run is done.
+
+    `RunError` where the folder holds another kind of stage, or one that other code began.
+    """
     verb, run = RUN_VERBS[name], open_run(folder)
     if run.stage.kind != verb.kind:
         raise RunError(
@@ -41,5 +46,40 @@ def open_for(name: str, folder: Path) -> Run | None:
     if run.is_done() and not verb.repeats:
         print(f"{run.path}: stage '{run.name}' was finished at {read_done(run)['finished_at']}; nothing to do")
         return None
-    become_ranks(run, num_ranks=None if name == verb.kind else 1)
+    check_own_snapshot()
+    if not permissions.other_code:
+        check_code(run)
+    become_ranks(run, None if name == verb.kind else 1, permissions)
     return run
+
+
+def attempt_codes(run: Run) -> dict[int, str]:
+    """Attempt -> hash of the code that it ran, for the attempts that recorded one."""
+    paths = {number: run.path / ATTEMPTS / str(number) / RECORD for number in attempt_numbers(run.path)}
+    records = {number: read_json(path, "how an attempt began") for number, path in paths.items() if path.is_file()}
+    return {number: str(record["code_hash"]) for number, record in records.items() if "code_hash" in record}
+
+
+def check_code(run: Run, here: str | None = None) -> None:
+    """`RunError` where a stage would go on with other code (hash `here`, default: this process's) than its newest attempt ran.
+
+    What is done anew as a whole, a report, may.
+    """
+    codes = attempt_codes(run)
+    if not codes or RUN_VERBS[run.stage.kind].repeats:
+        return
+    newest = max(codes)
+    old, here = codes[newest], here or code_hash()
+    if old == here:
+        return
+    snapshot = snapshot_path(run.path.parent.parent, old)
+    way_back = (
+        f"run the old code, whose snapshot is {snapshot}:\n  {snapshot_command(snapshot, [run.stage.kind, str(run.path)])}"
+        if snapshot.is_dir()
+        else f"bring the old code back yourself (there is no snapshot of it at {snapshot})"
+    )
+    raise RunError(
+        f"{run.path}: attempt {newest} of stage '{run.name}' ran code {old[:12]}, and this is code {here[:12]}: the rest of its numbers "
+        f"could differ from the first part. Add --other-code to go on with this code (each attempt records its own; tree, diff and "
+        f"report show it), or {way_back}"
+    )

@@ -36,7 +36,8 @@ def build_model(model: ModelConfig, precision: Precision, groups: Groups, seed: 
     `seed` None leaves weights unset for a load. `ConfigError` where precision and machine disagree.
     """
     plan = groups.plan
-    check_precision(precision, plan)
+    if not groups.rehearsed:
+        check_precision(precision, plan)
     settings = transformer_config(model, precision, plan)
     chunks = []
     for virtual_stage in range(plan.virtual_pipeline):
@@ -145,7 +146,7 @@ def _recompute(plan: TrainPlan) -> dict[str, Any]:
 
 
 def _layer_spec(settings: TransformerConfig, plan: TrainPlan, stage: int | None, groups: Groups) -> Any:
-    if plan.device == "gpu":
+    if plan.device == "gpu" and not groups.rehearsed:
         return get_gpt_layer_with_transformer_engine_spec()
     from megatron_ext.model.layers import CoreAttention, RMSNorm
 

@@ -91,6 +91,11 @@ def chip(colour: str | None, name: str) -> Html:
     return Html(f'<span class="stage">{mark}{escape(name)}</span>')
 
 
+def branch(mark: str, name: Html) -> Html:
+    """A name in a tree, behind the lines that lead to it."""
+    return Html(f'<code class="stage">{escape(mark).replace(" ", "&nbsp;")}</code>{name.text}')
+
+
 def code(text: str) -> Html:
     """Fixed-width text."""
     return Html(f"<code>{escape(text)}</code>")

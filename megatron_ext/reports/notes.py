@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from megatron_ext.provenance import Parent
 from megatron_ext.reports.format import listed, many
 from megatron_ext.reports.read import Reading, StageData
 from megatron_ext.reports.tables import mixture_row, number, parent_name, steps_done
+from megatron_ext.snapshot import code_words
 
 
 def notes(reading: Reading) -> list[str]:
@@ -38,6 +40,11 @@ def _state(stage: StageData) -> list[str]:
         if attempt.reason not in ("", "done"):
             cause = f": {attempt.error}" if attempt.error else ""
             lines.append(f"attempt {attempt.number} ended as '{attempt.reason}'{cause}.")
+        if attempt.fallback:
+            back = f"{attempt.fallback['from'] or 'a damaged tracker'} to {attempt.fallback['to']}: {attempt.fallback['reason']}"
+            lines.append(f"attempt {attempt.number} fell back from {back}.")
+    if codes := code_words({a.number: a.code_hash for a in stage.attempts if a.code_hash}):
+        lines.append(f"ran under more than one code: {codes}.")
     plans = [a.plan for a in stage.attempts if a.plan]
     if stage.is_training and any(plan != plans[0] for plan in plans):
         lines.append("ran under more than one plan; the throughput is the median over all steps.")
@@ -70,6 +77,17 @@ def _measurement(stage: StageData) -> list[str]:
 def _parent(reading: Reading, stage: StageData) -> list[str]:
     parent = reading.find(parent_name(stage) or "")
     recorded = stage.manifest.parent if stage.manifest else None
-    if parent is None or recorded is None or not parent.science_hash or parent.science_hash == recorded.science_hash:
+    if parent is None or recorded is None or not parent.science_hash:
         return []
+    if parent.science_hash == recorded.science_hash:
+        return _parent_checkpoint(stage, recorded)
     return [f"made from a '{parent.name}' of science {recorded.science_hash[:12]}, but the one shown here is {parent.science_hash[:12]}."]
+
+
+def _parent_checkpoint(stage: StageData, recorded: Parent) -> list[str]:
+    name = f"the checkpoint of '{recorded.stage}' at {recorded.tokens:,} tokens that it started from"
+    if not stage.parent_sha256:
+        return [f"{name} is gone."]
+    if recorded.manifest_sha256 in (stage.parent_sha256, stage.parent_thinned_from):
+        return []
+    return [f"{name} was changed since: its manifest hashes to {stage.parent_sha256[:12]}, recorded is {recorded.manifest_sha256[:12]}."]

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from megatron_ext.config.base import Json
 from megatron_ext.config.stages import TrainStage, inputs
+from megatron_ext.errors import CheckpointError
 from megatron_ext.metrics import Record, read_metrics
-from megatron_ext.provenance import CORPUS, MANIFEST, CorpusIndex, Manifest, read_corpus, read_manifest
-from megatron_ext.runs import ATTEMPTS, PROVENANCE, RECIPE, Run, attempt_numbers, open_run, read_done, read_json
+from megatron_ext.provenance import CORPUS, MANIFEST, CorpusIndex, Manifest, file_sha256, read_corpus, read_manifest
+from megatron_ext.runs import ATTEMPTS, CHECKPOINTS, PROVENANCE, RECIPE, Run, attempt_numbers, open_run, read_done, read_json
 
 State = Literal["done", "begun", "not begun", "missing"]
 
@@ -28,6 +29,8 @@ class AttemptData:
     reason: str = ""
     ended_at: str = ""
     error: str = ""
+    code_hash: str = ""
+    fallback: Json = field(default_factory=dict)  # from, to and reason, where it went back to an older checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class StageData:
     train: tuple[Record, ...] = ()
     validation: tuple[Record, ...] = ()
     manifest: Manifest | None = None  # of the newest whole checkpoint
+    parent_sha256: str = ""  # of the manifest of the checkpoint that it started from, as that is now; '' where it is gone
+    parent_thinned_from: str = ""  # what that was before its optimizer state was removed
     corpus: CorpusIndex | None = None
     done: Json = field(default_factory=dict)
     provenance: Json = field(default_factory=dict)
@@ -105,6 +110,8 @@ def _stage(run: Run) -> StageData:
     records = read_metrics(run.metrics_path)
     state: State = "done" if run.is_done() else "begun" if attempts or records else "not begun"
     has_provenance = (run.path / PROVENANCE).is_file()
+    manifest = _newest_manifest(run.checkpoints_path)
+    parent_sha256, parent_thinned_from = _parent_now(run, manifest)
     return StageData(
         name=run.name,
         state=state,
@@ -115,7 +122,9 @@ def _stage(run: Run) -> StageData:
         starts={r["attempt"]: r["step"] for r in records if r["kind"] == "attempt"},
         train=_by_step(records, "train"),
         validation=_by_step(records, "validation"),
-        manifest=_newest_manifest(run.checkpoints_path),
+        manifest=manifest,
+        parent_sha256=parent_sha256,
+        parent_thinned_from=parent_thinned_from,
         corpus=read_corpus(run.path) if (run.path / CORPUS).is_file() else None,
         done=read_done(run) if state == "done" else {},
         provenance=read_json(run.path / PROVENANCE, "what the run was made with") if has_provenance else {},
@@ -130,6 +139,7 @@ def _attempt(folder: Path, number: int) -> AttemptData:
     path = folder / ATTEMPTS / str(number)
     plan = read_json(path / "plan.json", "an attempt's plan") if (path / "plan.json").is_file() else {}
     end = read_json(path / "exit.json", "an attempt's end") if (path / "exit.json").is_file() else {}
+    fallback = read_json(path / "fallback.json", "why an attempt fell back") if (path / "fallback.json").is_file() else {}
     return AttemptData(
         number=number,
         started_at=str(plan.get("started_at", "")),
@@ -137,7 +147,25 @@ def _attempt(folder: Path, number: int) -> AttemptData:
         reason=str(end.get("reason", "")),
         ended_at=str(end.get("at", "")),
         error=str(end.get("error", "")),
+        code_hash=str(plan.get("code_hash", "")),
+        fallback=fallback,
     )
+
+
+def _parent_now(run: Run, manifest: Manifest | None) -> tuple[str, str]:
+    """Of the checkpoint that a run started from: its manifest's hash now, and the one from before it was thinned."""
+    if manifest is None or manifest.parent is None:
+        return "", ""
+    checkpoint = run.inputs["start"] / CHECKPOINTS / f"iter_{manifest.parent.iteration:07d}"
+    if not (checkpoint / MANIFEST).is_file():
+        return "", ""
+    found = file_sha256(checkpoint / MANIFEST)
+    if found == manifest.parent.manifest_sha256:
+        return found, ""
+    try:
+        return found, read_manifest(checkpoint).thinned_from
+    except CheckpointError:  # damaged: its hash says enough
+        return found, ""
 
 
 def _newest_manifest(folder: Path) -> Manifest | None:

@@ -75,6 +75,14 @@ class JointRow:
 
 
 @dataclass(frozen=True)
+class TreeRow:
+    """A training stage's place in the tree of starts."""
+
+    stage: str
+    mark: str  # drawn before its name
+
+
+@dataclass(frozen=True)
 class Point:
     """One held-out measurement of a stage's mixture."""
 

@@ -25,7 +25,7 @@ from megatron_ext.reports.figures import (
 from megatron_ext.reports.lineage_figure import draw_lineage
 from megatron_ext.reports.markup import Cell, Html
 from megatron_ext.reports.read import Reading
-from megatron_ext.reports.rows import CodeRow
+from megatron_ext.reports.rows import CodeRow, JointRow
 from megatron_ext.reports.style import stage_colours
 from megatron_ext.snapshot import code_hash
 
@@ -72,7 +72,7 @@ def as_json(rows: list[Any]) -> list[Json]:
 
 
 def lineage(board: Board) -> Section:
-    """The graph, the stages, and the joints between them."""
+    """The graph, the stages, and the tree of starts with its joints."""
     reading = board.reading
     stages, joints = tables.stage_rows(reading), tables.joint_rows(reading)
     html = board.figure(
@@ -95,21 +95,28 @@ def lineage(board: Board) -> Section:
             for r in stages
         ],
     )  # fmt: skip
-    if joints:
+    tree = tables.tree_rows(reading)
+    if tree:
+        at = {row.stage: row for row in joints}
         html += markup.table(
-            "Joints",
+            "Where each training stage starts",
             ["stage", "starts from", "how", "#parent tokens", "#lineage tokens", "#LR before", "#LR after"],
-            [
-                [
-                    board.name(r.stage), r.parent, {"branch": "weights and optimizer", "weights": "weights only"}[r.start],
-                    show.tokens(r.parent_tokens), show.tokens(r.lineage_tokens),
-                    show.rate(r.learning_rate_before),
-                    show.rate(r.learning_rate_after) + ("" if r.step_after in (None, 1) else f" (step {r.step_after})"),
-                ]
-                for r in joints
-            ],
-        )  # fmt: skip
-    return Section("lineage", "Lineage", html, {"stages": as_json(stages), "joints": as_json(joints)})
+            [[markup.branch(r.mark, board.name(r.stage)), *_joint_cells(at.get(r.stage))] for r in tree],
+        )
+    return Section("lineage", "Lineage", html, {"stages": as_json(stages), "joints": as_json(joints), "tree": as_json(tree)})
+
+
+def _joint_cells(row: JointRow | None) -> list[Cell]:
+    if row is None:
+        return ["", "random weights", "", "", "", ""]
+    return [
+        row.parent,
+        {"branch": "weights and optimizer", "weights": "weights only"}[row.start],
+        show.tokens(row.parent_tokens),
+        show.tokens(row.lineage_tokens),
+        show.rate(row.learning_rate_before),
+        show.rate(row.learning_rate_after) + ("" if row.step_after in (None, 1) else f" (step {row.step_after})"),
+    ]
 
 
 def training(board: Board) -> Section:

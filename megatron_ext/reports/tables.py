@@ -25,6 +25,7 @@ from megatron_ext.reports.rows import (
     StageRow,
     ThroughputRow,
     TrainingRow,
+    TreeRow,
 )
 
 END_SHARE, END_LEAST = 0.1, 10  # the last training loss is the mean of so many records: single batches scatter
@@ -111,6 +112,24 @@ def joint_rows(reading: Reading) -> list[JointRow]:
         after = number(first, "learning_rate")
         rows.append(JointRow(s.name, name, s.config.start.kind, tokens, origin(s), before, after, first.get("step")))
     return rows
+
+
+def tree_rows(reading: Reading) -> list[TreeRow]:
+    """Every training stage under the one it starts from; children by the point where they leave it, then in the report's order."""
+    at = {row.stage: row.parent_tokens or 0 for row in joint_rows(reading)}
+    names = [s.name for s in reading.training]
+    parents = {s.name: parent_name(s) for s in reading.training}
+
+    def below(parent: str, lead: str) -> list[TreeRow]:
+        children = sorted((name for name in names if parents[name] == parent), key=lambda name: at[name])
+        rows = []
+        for child in children:
+            last = child == children[-1]
+            rows += [TreeRow(child, lead + ("└─ " if last else "├─ ")), *below(child, lead + ("   " if last else "│  "))]
+        return rows
+
+    roots = [name for name in names if parents[name] not in names]
+    return [row for root in roots for row in (TreeRow(root, ""), *below(root, ""))]
 
 
 def mixture_row(stage: StageData) -> MixtureRow:

@@ -16,7 +16,7 @@ from megatron_ext.attempts import Attempt
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.verify import verify_shared
 from megatron_ext.distributed import Groups, broadcast_object
-from megatron_ext.errors import CheckpointError, DamagedCheckpointError
+from megatron_ext.errors import DamagedCheckpointError
 from megatron_ext.provenance import read_manifest
 from megatron_ext.runs import Run, atomic_write, write_json
 
@@ -64,14 +64,22 @@ def _candidates(folder: Path, found: list[str]) -> list[int]:
     except DamagedCheckpointError as problem:
         found.append(str(problem))
         tracked = None
-    return there if tracked is None else [iteration for iteration in there if iteration <= tracked]
+    return [i for i in there if (tracked is None or i <= tracked) and not _is_thinned(folders.iteration_path(folder, i))]
+
+
+def _is_thinned(path: Path) -> bool:
+    """Whether it holds weights alone, which no run can go on from."""
+    try:
+        return read_manifest(path).optimizer_layout == "none"
+    except DamagedCheckpointError:
+        return False  # it is tried, and said to be damaged
 
 
 def _problems(path: Path, groups: Groups) -> list[str]:
     """What is wrong with a checkpoint's files, each rank having read its share."""
     try:
         own = verify_shared(path, read_manifest(path), groups.rank, groups.plan.num_ranks)
-    except CheckpointError as problem:
+    except DamagedCheckpointError as problem:
         own = [str(problem)]
     shares: list[list[str]] = [[] for _ in range(groups.plan.num_ranks)]
     dist.all_gather_object(shares, own)

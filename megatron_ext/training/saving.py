@@ -6,13 +6,14 @@ one when its publish is seen at a step's end, on all ranks at the same step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from megatron_ext.attempts import Attempt
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.hashing import Digests
 from megatron_ext.checkpoint.save import Save, Target, begin_save
+from megatron_ext.checkpoint.writing import Buffers
 from megatron_ext.config.base import content_hash, to_json
 from megatron_ext.data.prepare import Prepared
 from megatron_ext.distributed import Groups, any_rank
@@ -36,6 +37,7 @@ class Saver:
     prepared: Prepared
     began: Began
     _under_way: tuple[Save, Progress] | None = None
+    _buffers: Buffers = field(default_factory=dict)
 
     def begin(self, progress: Progress, rate: float, pinned: bool, guard: GuardState) -> None:
         """Begin a save of the state as it is; the one before must be settled."""
@@ -50,7 +52,7 @@ class Saver:
             tidy=partial(folders.prune, self.run.checkpoints_path, plan.keep_checkpoints, self.attempt.number),
         )
         state = sharded_state(self.began.state, layout)
-        self._under_way = begin_save(state, target, beside=plan.asynchronous_saves), progress
+        self._under_way = begin_save(state, target, self._buffers if plan.asynchronous_saves else None), progress
 
     def settle(self, wait: bool) -> Saved | None:
         """How the save under way ended, once all ranks know; None where there is none, or where it goes on and `wait` is not set.

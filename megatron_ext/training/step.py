@@ -12,23 +12,39 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_ext.distributed import Groups, any_rank, seed_step
+from megatron_ext.config.faults import Faults
+from megatron_ext.distributed import Groups, seed_step
 from megatron_ext.errors import TrainingError
+from megatron_ext.training.guard import Finding, GuardState
+from megatron_ext.training.guard import judge as judge_step
 from megatron_ext.training.state import TrainState, apply_hyperparameters
 
 Batch = dict[str, torch.Tensor | None]
+STOPPED = (
+    "the step was stopped before the weights moved, so the last checkpoint is good. "
+    "Look at the step's documents, lower the learning rate, or start again from the last checkpoint"
+)
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # mask BS, losses BS: sum, count, report
+Judge = Callable[[float, float], Finding | None]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step computed: mean loss over valid tokens, and the gradient norm before clipping."""
+    """What one step computed: mean loss over valid tokens, and the gradient norm before clipping.
+
+    With a `finding` the update was left out: weights and optimizer are as they were, and the numbers this rank's own.
+    """
 
     loss: float
     grad_norm: float
     valid_tokens: int
+    finding: Finding | None = None
 
 
 def train_step(
@@ -38,14 +54,17 @@ def train_step(
     seed: int,
     tokens_before: int,
     tamper: Callable[[], None] = lambda: None,
+    judge: Judge | None = None,
 ) -> StepResult:
-    """Forward, backward, check, clip, update.
+    """Forward, backward, judge, clip, update.
 
     `batches` are this data-parallel rank's micro-batches; `seed` and the lineage's `tokens_before`
     give the random state. The loss is the sum over valid tokens of all ranks and micro-batches over
     their global count, so accumulation equals one large batch.
-    A loss or norm that is not finite on any rank raises `TrainingError` before the weights move.
-    `tamper` runs between backward and check; tests put faults there.
+    `judge` is given the loss and the norm, the same on every rank and nan where they are not finite on
+    any; what it finds leaves the update out. Without one, such numbers raise `TrainingError` before the
+    weights move.
+    `tamper` runs between backward and norm; tests put faults there.
     """
     seed_step(state.groups, seed, tokens_before)
     for chunk in state.wrapped:
@@ -56,11 +75,17 @@ def train_step(
     tamper()
     state.optimizer.prepare_grads()
     grad_norm = float(state.optimizer.get_grad_norm())
-    _check_finite(state.groups, loss, grad_norm)
-    _clip(state, grad_norm)
-    apply_hyperparameters(state, learning_rate)
-    state.optimizer.step_with_ready_grads()
-    return StepResult(loss, grad_norm, valid_tokens)
+    agreed_loss, agreed_norm = _agreed(state.groups, loss, grad_norm)
+    finding = (judge or _only_finite)(agreed_loss, agreed_norm)
+    if finding is None:
+        _clip(state, grad_norm)
+        apply_hyperparameters(state, learning_rate)
+        state.optimizer.step_with_ready_grads()
+        return StepResult(agreed_loss, agreed_norm, valid_tokens)
+    result = StepResult(loss, grad_norm, valid_tokens, finding)
+    if judge is None:
+        raise TrainingError(not_finite(result))
+    return result
 
 
 def forward(state: TrainState, batches: Sequence[Batch], backward: bool) -> tuple[float, int]:
@@ -73,12 +98,20 @@ def forward(state: TrainState, batches: Sequence[Batch], backward: bool) -> tupl
 
 def forward_sums(state: TrainState, batches: Sequence[Batch], backward: bool) -> torch.Tensor:
     """[sum of losses, valid tokens] of this rank's micro-batches in FP64; zeros off the last stage."""
+    reports = forward_reports(state, batches, backward, _loss)
+    if not reports:
+        return torch.zeros(2, dtype=torch.float64, device=state.groups.device)
+    return torch.stack(reports).sum(dim=0)
+
+
+def forward_reports(state: TrainState, batches: Sequence[Batch], backward: bool, loss: Loss) -> list[torch.Tensor]:
+    """What `loss` reports of each micro-batch of this rank; nothing off the last stage."""
     first_tokens = batches[0]["tokens"]
     assert first_tokens is not None
     micro_batch, sequence_length = first_tokens.shape
     iterators = [iter(batches) for _ in state.wrapped]
-    reports: list[torch.Tensor] = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+    found: list[torch.Tensor] = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, loss),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=state.wrapped if len(state.wrapped) > 1 else state.wrapped[0],
         num_microbatches=len(batches),
@@ -86,17 +119,15 @@ def forward_sums(state: TrainState, batches: Sequence[Batch], backward: bool) ->
         micro_batch_size=micro_batch,
         forward_only=not backward,
     )
-    if not reports:
-        return torch.zeros(2, dtype=torch.float64, device=state.groups.device)
-    return torch.stack(reports).sum(dim=0)
+    return found
 
 
-def _forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
+def _forward_step(loss: Loss, batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
     losses_BS = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
     mask_BS = batch["loss_mask"]
     assert mask_BS is not None
-    return losses_BS, partial(_loss, mask_BS)
+    return losses_BS, partial(loss, mask_BS)
 
 
 def _loss(mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -106,16 +137,29 @@ def _loss(mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor,
     return total, count.to(torch.int), torch.stack([total.detach().double(), count.double()])
 
 
-def _check_finite(groups: Groups, loss: float, grad_norm: float) -> None:
-    """Stop all ranks where one is wrong: without the distributed optimizer each data-parallel rank has a norm of its own."""
-    if not any_rank(not (math.isfinite(loss) and math.isfinite(grad_norm)), groups):
-        return
-    name, value = ("loss", loss) if any_rank(not math.isfinite(loss), groups) else ("gradient norm", grad_norm)
+def _agreed(groups: Groups, *values: float) -> list[float]:
+    """Each value as every rank is to see it: nan where it is not finite on any, else the largest.
+
+    The loss is the same everywhere, but without the distributed optimizer each data-parallel rank has a norm of its own.
+    """
+    finite = [math.isfinite(value) for value in values]
+    known = [value if is_finite else -math.inf for value, is_finite in zip(values, finite, strict=True)]
+    box = torch.tensor([*known, *(not one for one in finite)], dtype=torch.float64, device=groups.device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    numbers: list[float] = box.tolist()
+    return [math.nan if bad else value for value, bad in zip(numbers[: len(values)], numbers[len(values) :], strict=True)]
+
+
+def _only_finite(loss: float, grad_norm: float) -> Finding | None:
+    return judge_step(Faults(), GuardState(), loss, grad_norm)
+
+
+def not_finite(result: StepResult) -> str:
+    """What is not finite, in words: the number itself on the rank that has it."""
+    assert result.finding is not None
+    name, value = ("loss", result.loss) if result.finding.reason == "loss not finite" else ("gradient norm", result.grad_norm)
     found = f"not finite on another rank ({value} here)" if math.isfinite(value) else f"{value}"
-    raise TrainingError(
-        f"{name} is {found}; the step was stopped before the weights moved, so the last checkpoint is good. "
-        f"Look at the step's documents, lower the learning rate, or start again from the last checkpoint"
-    )
+    return f"{name} is {found}; {STOPPED}"
 
 
 def _clip(state: TrainState, grad_norm: float) -> None:

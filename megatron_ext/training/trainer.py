@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_ext import device
+from megatron_ext.attempts import Attempt
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.config.memory import pinned_steps
 from megatron_ext.config.schedule import learning_rate
@@ -18,8 +20,9 @@ from megatron_ext.data.loader import HeldOut, Loader, heldouts
 from megatron_ext.data.prepare import Prepared, open_prepared, prepare
 from megatron_ext.distributed import Groups
 from megatron_ext.errors import TrainingError
-from megatron_ext.runs import Attempt, Run
+from megatron_ext.runs import Run
 from megatron_ext.training.hooks import Context, Hook, Hooks
+from megatron_ext.training.recovery import Recovery, guard_of
 from megatron_ext.training.saving import Saver
 from megatron_ext.training.start import Began, begin
 from megatron_ext.training.state import Progress
@@ -29,12 +32,17 @@ from megatron_ext.training.step import StepResult, forward, train_step
 def train(run: Run, groups: Groups, attempt: Attempt, hooks: Iterable[Hook]) -> Progress:
     """Train a stage from where it stands to its end; every rank calls this.
 
-    Raises `TrainingError` at a loss or gradient that is not finite, before the weights move.
+    Raises `TrainingError` at a step that cannot be trained on and that the recipe's faults do not leave out, before the weights move.
     """
-    prepared = _prepare_once(run, groups)
-    began = begin(run, groups, prepared)
+    prepared = _prepare_once(run, groups, attempt)
+    began = begin(run, groups, attempt, prepared)
     loop = _Loop(run, groups, attempt, prepared, began, Hooks(hooks))
-    stage, progress = run.stage, began.progress
+    with contextlib.closing(loop.saver):
+        return _train(loop)
+
+
+def _train(loop: _Loop) -> Progress:
+    stage, progress = loop.run.stage, loop.began.progress
     loop.event("start", progress)
     if progress.step == 0:
         loop.validate(progress)
@@ -43,12 +51,21 @@ def train(run: Run, groups: Groups, attempt: Attempt, hooks: Iterable[Hook]) -> 
         started = time.perf_counter()
         rate = learning_rate(stage.schedule, progress.tokens, stage.budget.tokens)
         result = loop.step(next(batches), rate, progress)
+        if result.finding is not None and result.finding.action == "roll_back":
+            progress = loop.roll_back(result, progress)
+            batches = iter(loop.loader(progress.step))
+            continue
         progress = progress.advanced(stage.budget.tokens_per_batch)
-        loop.event("step", progress, loop.metrics(result, rate, progress, time.perf_counter() - started))
+        if result.finding is None:
+            loop.event("step", progress, loop.metrics(result, rate, progress, time.perf_counter() - started))
+        else:
+            loop.event("skip", progress, loop.found(result, progress))
         if progress.step % stage.plan.validate_every_steps == 0 or progress.step == stage.budget.steps:
             loop.validate(progress)
         if progress.step % stage.plan.save_every_steps == 0 or progress.step in loop.pinned:
             loop.save(progress, rate)
+        loop.settle(progress, wait=not stage.plan.asynchronous_saves)
+    loop.settle(progress, wait=True)
     loop.event("end", progress)
     return progress
 
@@ -72,6 +89,7 @@ class _Loop:
         self.pinned = set(pinned_steps(self.run.stage.budget, plan))
         self._loader = self.loader(0)
         self.saver = Saver(self.run, self.groups, self.attempt, self.prepared, self.began)
+        self.recovery = Recovery(self.run, self.groups, self.attempt, self.prepared, guard_of(self.began))
 
     def event(self, name: str, progress: Progress, *arguments: Any) -> None:
         context = Context(self.run, self.attempt, self.groups, self.began.state, progress, self.began.how)
@@ -89,11 +107,46 @@ class _Loop:
         )
 
     def step(self, batches: list[Any], rate: float, progress: Progress) -> StepResult:
-        placed = [_place(batch, self.groups) for batch in batches]
+        """Train on a step, or leave its batch out; `TrainingError` where it stops the stage."""
+        number = progress.step + 1
+        result = self.recovery.known(number)
+        if result is None:
+            placed = [place(batch, self.groups) for batch in batches]
+            seed = self.run.stage.seed
+            result = train_step(self.began.state, placed, rate, seed, progress.lineage_tokens, judge=self.recovery.judge)
+        with self._stopping(result, progress):
+            self.recovery.take(result, number)
+        return result
+
+    def roll_back(self, result: StepResult, progress: Progress) -> Progress:
+        """Go back to the newest checkpoint; how far the stage is then."""
+        self.settle(progress, wait=True)
+        number, samples = progress.step + 1, self._loader.samples_sha256(progress.step)
+        with self._stopping(result, progress):
+            back = self.recovery.roll_back(result, number, self.began)
+        self.event("roll_back", back, {"at_step": number, **self.recovery.record(result), "samples_sha256": samples})
+        return back
+
+    def found(self, result: StepResult, progress: Progress) -> dict[str, Any]:
+        """What is recorded of a step that was not trained on; `progress` counts its batch."""
+        return {
+            **self.recovery.record(result),
+            "tokens": progress.tokens,
+            "lineage_tokens": progress.lineage_tokens,
+            "skipped_tokens": self.recovery.skipped_tokens(),
+            "samples_sha256": self._loader.samples_sha256(progress.step - 1),
+        }
+
+    @contextlib.contextmanager
+    def _stopping(self, result: StepResult, progress: Progress) -> Iterator[None]:
+        """Record the step that stops the stage, and name it, and where to look behind it."""
         try:
-            return train_step(self.began.state, placed, rate, self.run.stage.seed, progress.lineage_tokens)
+            yield
         except TrainingError as cause:
-            raise TrainingError(f"stage '{self.run.name}', step {progress.step + 1}: {cause}") from None
+            step = progress.step + 1
+            self.event("stop", progress, self.found(result, progress.advanced(self.run.stage.budget.tokens_per_batch)))
+            look = f"megatron-ext why {self.run.path} --step {step}"
+            raise TrainingError(f"stage '{self.run.name}', step {step}: {cause} ({look})") from None
 
     def metrics(self, result: StepResult, rate: float, progress: Progress, seconds: float) -> dict[str, Any]:
         tokens = self.run.stage.budget.tokens_per_batch
@@ -106,6 +159,7 @@ class _Loop:
             "tokens": progress.tokens,
             "lineage_tokens": progress.lineage_tokens,
             "valid_tokens": result.valid_tokens,
+            "skipped_tokens": self.recovery.skipped_tokens(),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "model_flops_per_second": flops,
@@ -119,28 +173,32 @@ class _Loop:
             chunk.eval()
         records = []
         for heldout in self.heldouts:
-            batches = [_place(b, self.groups) for b in heldout.batches(plan.micro_batch, plan.data_parallel, self.groups.data_rank)]
+            batches = [place(b, self.groups) for b in heldout.batches(plan.micro_batch, plan.data_parallel, self.groups.data_rank)]
             loss, count = forward(state, batches, backward=False)
             seen = {"tokens": progress.tokens, "lineage_tokens": progress.lineage_tokens}
             records.append({"source": heldout.source, "loss": loss, "valid_tokens": count, **seen})
         self.event("validation", progress, records)
 
     def save(self, progress: Progress, rate: float) -> None:
-        started = time.perf_counter()
-        path = self.saver.save(progress, rate, pinned=progress.step in self.pinned)
-        self.event("checkpoint", progress, path, time.perf_counter() - started)
+        self.settle(progress, wait=True)
+        self.saver.begin(progress, rate, pinned=progress.step in self.pinned, guard=self.recovery.state)
+
+    def settle(self, progress: Progress, wait: bool) -> None:
+        saved = self.saver.settle(wait)
+        if saved is not None:
+            self.event("checkpoint", progress, saved)
 
 
-def _prepare_once(run: Run, groups: Groups) -> Prepared:
+def _prepare_once(run: Run, groups: Groups, attempt: Attempt) -> Prepared:
     """Rank 0 builds what is missing, then every rank opens it."""
     if groups.rank == 0:
-        folders.remove_unpublished(run.checkpoints_path)
+        folders.revoke(run.checkpoints_path, attempt.number)
         prepare(run)
     dist.barrier()
     return open_prepared(run)
 
 
-def _place(batch: dict[str, Any], groups: Groups) -> dict[str, Any]:
+def place(batch: dict[str, Any], groups: Groups) -> dict[str, Any]:
     """A batch on this rank's device: its part under context parallelism, with the mask that the model expects (None: causal)."""
     placed = {name: value.to(groups.device, non_blocking=True) for name, value in batch.items()}
     placed.setdefault("attention_mask", None)

@@ -114,10 +114,10 @@ def train_with_nan(groups: Any, path: str, at_step: int) -> str:
     true_step = trainer.train_step
     done = []
 
-    def tampered(state: Any, *arguments: Any) -> Any:
+    def tampered(state: Any, *arguments: Any, **options: Any) -> Any:
         done.append(1)
         bad = len(done) == at_step and groups.rank == groups.plan.num_ranks - 1
-        return true_step(state, *arguments, tamper=partial(into_gradients, state, math.nan) if bad else nothing)
+        return true_step(state, *arguments, tamper=partial(into_gradients, state, math.nan) if bad else nothing, **options)
 
     trainer.train_step = tampered
     with pytest.raises(TrainingError) as error:

@@ -25,11 +25,11 @@ def placed_tokens(groups, context):
     """This rank's part of a batch of 2 x 8 tokens, its two ranks taken for a context-parallel group."""
     import torch
 
-    from megatron_ext.training.trainer import _place
+    from megatron_ext.training.trainer import place
 
     groups = replace(groups, plan=replace(groups.plan, context=context), collection=SimpleNamespace(cp=groups.collection.dp))
     batch = {name: torch.arange(16).view(2, 8) for name in ("tokens", "labels", "loss_mask", "position_ids")}
-    placed = _place(batch, groups)
+    placed = place(batch, groups)
     assert placed.pop("attention_mask") is None
     assert all(torch.equal(value, placed["tokens"]) for value in placed.values())
     return placed["tokens"].tolist()

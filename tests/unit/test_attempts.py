@@ -80,9 +80,7 @@ def owner(run: Run):
 
 
 def test_a_second_owner_is_refused_until_the_first_is_dead(run: Run, owner: multiprocessing.Process) -> None:
-    with pytest.raises(
-        RunError, match=rf"attempt 1 \(pid {owner.pid} on .*is at work on stage .text.; wait for it.*--take-over"
-    ):
+    with pytest.raises(RunError, match=rf"attempt 1 \(pid {owner.pid} on .*is at work on stage .text.; wait for it.*--take-over"):
         begin_attempt(run)
     os.kill(owner.pid or 0, signal.SIGSTOP)  # asleep is not dead
     with pytest.raises(RunError, match="is at work"):

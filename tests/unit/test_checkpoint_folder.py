@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.checkpoint import folder as folders
-from megatron_ext.errors import CheckpointError, RunError
+from megatron_ext.errors import CheckpointError, DamagedCheckpointError, RunError
 from megatron_ext.provenance import MANIFEST, read_manifest, write_manifest
 from tests.small_checkpoints import TOKENS_PER_STEP, manifest
 
@@ -250,4 +250,8 @@ def test_a_damaged_manifest_is_named(tmp_path):
     path = folders.iteration_path(tmp_path, 2) / MANIFEST
     path.write_text(path.read_text()[:-20])
     with pytest.raises(CheckpointError, match=r"iter_0000002/manifest\.json: not valid JSON"):
+        folders.find(tmp_path, None, "stable")
+    publish(tmp_path, 4)
+    assert folders.find(tmp_path, 4 * TOKENS_PER_STEP, "stable")[1].iteration == 4  # another one is no hindrance
+    with pytest.raises(DamagedCheckpointError, match=r"no whole checkpoint of 'stable' at 256 tokens; damaged are: .*manifest"):
         folders.find(tmp_path, 256, "stable")

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from megatron_ext.config.base import from_json, to_json
+from megatron_ext.config.memory import pinned_steps
 from megatron_ext.config.stages import Branch, ConvertStage, Scratch, TrainStage, Weights
 from megatron_ext.errors import ConfigError
-from megatron_ext.launch.graph import Graph, with_overrides
+from megatron_ext.launch.graph import Graph, with_joints, with_overrides
 from recipes import demo
 
 SMOKE = demo.smoke()
@@ -69,6 +70,44 @@ def test_a_start_in_tokens_must_be_a_step_of_its_parent() -> None:
         ConfigError, match="1,000 tokens is no step of this stage: steps are 512 tokens, up to 6,144; the nearest below is 512"
     ):
         swap("decay_long", start=Branch(stage="stable", tokens=1000))
+
+
+def test_a_start_before_the_first_step_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tokens=0 of 'stable', where nothing is saved; start where 'stable' itself starts"):
+        swap("decay_long", start=Branch(stage="stable", tokens=0))
+
+
+def test_every_point_that_a_stage_starts_from_is_pinned() -> None:
+    """Two children at one point, one at another, one at the last: which is always pinned."""
+    long = SMOKE.stage("decay_long")
+    children = [replace(long, name=f"child_{i}", start=Branch(stage="stable", tokens=tokens)) for i, tokens in enumerate((2048, 512, 2048))]
+    weights = replace(long, name="weights", start=Weights(stage="child_0", tokens=1024))
+    graph = with_joints(Graph(name="g", stages=(*SMOKE.stages[:-1], *children, weights)))
+    pins = {stage.name: stage.plan.pin_tokens for stage in graph.stages if isinstance(stage, TrainStage) and stage.plan.pin_tokens}
+    assert pins == {"stable": (512, 2048), "child_0": (1024,)}
+    assert pinned_steps(graph.stage("stable").budget, graph.stage("stable").plan) == (1, 4, 12)
+    assert with_joints(graph) == graph
+    assert with_joints(SMOKE) is SMOKE
+
+
+def test_overrides_move_the_pins_with_the_joints_and_keep_those_asked_for() -> None:
+    moved = with_overrides(SMOKE, ["decay_long.start.tokens=1024", "stable.plan.pin_tokens=[512]"])
+    assert moved.stage("stable").plan.pin_tokens == (512, 1024)
+    assert with_overrides(SMOKE, ["decay_long.start.tokens=2048"]).stage("stable").plan.pin_tokens == (2048,)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[0]", r"pin_tokens is \[0\], but nothing is saved before the first step"),
+        ("[-512]", r"pin_tokens is \[-512\]"),
+        ("[1000]", "stage stable: plan.pin_tokens: 1,000 tokens is no step of this stage.*the nearest below is 512"),
+        ("[6656]", "stage stable: plan.pin_tokens: 6,656 tokens is no step of this stage.*up to 6,144"),
+    ],
+)
+def test_a_pin_must_be_a_step_of_the_stage(value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_overrides(SMOKE, [f"stable.plan.pin_tokens={value}"])
 
 
 def test_a_converted_model_starts_weights_only_and_has_no_points() -> None:

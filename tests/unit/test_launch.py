@@ -1,10 +1,11 @@
-"""`launch --local` and `tree` on real run folders and real processes: skipping, refusing, failing, stopping."""
+"""`launch --local` on real run folders and real processes: skipping, refusing, failing, stopping."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,27 +17,26 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_ext.config.base import to_json
-from megatron_ext.config.stages import Source, TokenizeStage, inputs
+from megatron_ext.__main__ import main
+from megatron_ext.attempts import TAKE_OVER, begin_attempt
+from megatron_ext.config.stages import Source, TokenizeStage
 from megatron_ext.errors import ConfigError, DataError, LaunchError, RunError
 from megatron_ext.launch import local
+from megatron_ext.launch.commands import command_parser, permissions
 from megatron_ext.launch.graph import Graph, with_overrides
 from megatron_ext.launch.local import launch_local, run_stage, summary_text
-from megatron_ext.launch.tree import columns, state, tree_text
-from megatron_ext.metrics import MetricsWriter
-from megatron_ext.provenance import CorpusIndex, Manifest, Parent, SourceRecord, write_manifest
-from megatron_ext.runs import Run, begin_attempt, mark_done, open_run, write_json, write_run
+from megatron_ext.launch.ranks import THREAD_VARIABLES, Permissions, torchrun_command
+from megatron_ext.launch.tree import state, tree_text
+from megatron_ext.launch.verbs import attempt_codes, check_code, open_for
+from megatron_ext.runs import Run, mark_done, open_run, write_json, write_run
+from megatron_ext.snapshot import PACKAGE, code_hash, files_hash, source_files, take_snapshot
 from recipes import demo, octothinker
+from tests.unit.test_tree import trained, write_all
 
 SMOKE = demo.smoke()
 TEXT = with_overrides(
     replace(SMOKE, name="small", stages=SMOKE.stages[:1]), ["text.math_prose_bytes=20000", "text.general_prose_bytes=20000"]
 )
-
-
-def write_all(folder: Path, graph: Graph = SMOKE) -> dict[str, Run]:
-    """Every run folder of a graph, nothing run."""
-    return {s.name: write_run(folder / s.name, graph.name, s, {r: folder / p for r, p in inputs(s).items()}) for s in graph.stages}
 
 
 def files(folder: Path) -> list[Path]:
@@ -86,6 +86,83 @@ def test_a_plan_that_cannot_be_carried_out_is_refused_before_anything_is_written
     with pytest.raises((ConfigError, DataError), match="source 'math_web' would be repeated"):
         launch_local(graph, tmp_path, None)
     assert list(tmp_path.iterdir()) == []
+
+
+def begun_by(code: str, run: Run) -> None:
+    """An attempt of other code that was cut short."""
+    attempt = begin_attempt(run)
+    write_json(attempt.path / "plan.json", {**attempt.record, "code_hash": code})
+    attempt.finish("failed")
+
+
+def test_a_stage_that_other_code_began_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    old = "0123" * 16
+    run = write_run(tmp_path / "small" / "text", "small", TEXT.stages[0], {})
+    begun_by(old, run)
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    with pytest.raises(RunError) as caught:
+        launch_local(TEXT, tmp_path, None)
+    message = str(caught.value)
+    assert f"{run.path}: attempt 1 of stage 'text' ran code 012301230123, and this is code {code_hash()[:12]}" in message
+    assert f"(there is no snapshot of it at {tmp_path / '.code' / old[:16]})" in message
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+    begun_by(code_hash(), run)  # the newest attempt counts
+    launch_local(TEXT, tmp_path, None)
+    begun_by(old, run)  # a finished stage does not go on
+    launch_local(TEXT, tmp_path, None)
+
+
+def test_other_code_goes_on_with_the_flag_and_is_recorded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By the verb, by hand, and through `launch`, whose child would refuse it without the flag too."""
+    run = write_run(tmp_path / "small" / "text", "small", TEXT.stages[0], {})
+    begun_by("0123" * 16, run)
+    assert main(["text", str(run.path)]) == 2
+    assert "Add --other-code to go on with this code" in capfd.readouterr().err
+    with pytest.raises(LaunchError, match="ended before it began an attempt"):
+        run_stage(run, take_snapshot(tmp_path))
+    launch_local(TEXT, tmp_path, None, Permissions(other_code=True))
+    assert attempt_codes(run) == {1: "0123" * 16, 2: code_hash()}
+    assert f"attempt 1 ran code 012301230123, attempt 2 ran code {code_hash()[:12]}" in tree_text(tmp_path)
+
+
+def test_the_way_back_to_the_old_code_is_a_command_that_works(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    package = tmp_path / "old" / "megatron_ext"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "errors.py").write_text((package / "errors.py").read_text() + "# older\n")
+    take_snapshot(tmp_path, package)
+    run = write_run(tmp_path / "small" / "text", "small", TEXT.stages[0], {})
+    begun_by(files_hash(source_files(package)), run)
+    with pytest.raises(RunError) as caught:
+        launch_local(TEXT, tmp_path, None)
+    command = str(caught.value).splitlines()[-1].strip()
+    assert command.startswith("env PYTHONPATH=")
+    subprocess.run(command, shell=True, cwd=PACKAGE.parent, check=True)
+    assert set(attempt_codes(run).values()) == {files_hash(source_files(package))}
+    assert run.is_done()
+
+
+def test_a_report_is_drawn_again_by_other_code_without_a_flag(tmp_path: Path) -> None:
+    report = write_all(tmp_path)["report"]
+    begun_by("0123" * 16, report)
+    check_code(report)
+
+
+def test_the_flags_reach_every_rank_and_the_one_who_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_all(tmp_path)["base"]
+    both = Permissions(other_code=True, take_over=True)
+    for words in (["launch", "demo:smoke", "--local"], ["train", str(base.path)], ["prepare", str(base.path)]):
+        assert permissions(command_parser().parse_args([*words, *both.words])) == both
+        assert permissions(command_parser().parse_args(words)) == Permissions()
+    assert torchrun_command(base, both)[-2:] == ["--other-code", "--take-over"]
+    assert torchrun_command(base)[-1] == str(base.path)
+    monkeypatch.setenv(TAKE_OVER, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for name in THREAD_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    open_for("train", base.path)
+    assert os.environ[TAKE_OVER] == "0"
+    open_for("train", base.path, both)
+    assert os.environ[TAKE_OVER] == "1"
 
 
 def test_a_failed_stage_names_its_cause_and_the_way_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -214,105 +291,13 @@ def test_a_stage_sees_pinned_threads_and_no_other_jobs_ranks(tmp_path: Path, mon
     for name, value in {"OMP_NUM_THREADS": "7", "WORLD_SIZE": "8", "RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     run = write_run(tmp_path / "text", "g", TEXT.stages[0], {})
-    environment = local._environment(run)
+    snapshot = take_snapshot(tmp_path)
+    environment = local._environment(run, snapshot)
     assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["PYTHONPATH"].startswith(f"{snapshot}")
     assert not {"WORLD_SIZE", "RANK"} & set(environment)
-    run_stage(run)
+    run_stage(run, snapshot)
     assert run.is_done()
-
-
-def manifest(run: Run, iteration: int, parent: Parent | None) -> Manifest:
-    budget = run.stage.budget
-    return Manifest(
-        stage=run.name, graph=run.graph, attempt=1, iteration=iteration, tokens=budget.tokens_before(iteration), lineage_tokens=1,
-        learning_rate=1e-3, science_hash=run.science_hash, mixture_hash="", tokenizer_hash="", code_hash="", parent=parent, ledger=(),
-        optimizer_layout="replicated", plan={}, model={}, files={},
-    )  # fmt: skip
-
-
-def trained(run: Run, step: int, loss: float, parent: Parent | None = None) -> None:
-    """What a train run leaves after some steps: metrics and a checkpoint."""
-    writer = MetricsWriter(run.metrics_path, 1, 0)
-    writer.write("train", step, {"loss": loss, "tokens": run.stage.budget.tokens_before(step), "lineage_tokens": 10_000 + step})
-    writer.close()
-    folder = run.checkpoints_path / f"iter_{step:07d}"
-    folder.mkdir(parents=True)
-    write_manifest(folder, manifest(run, step, parent))
-    (run.checkpoints_path / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
-
-
-def test_the_tree_shows_lineage_states_and_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    runs = write_all(tmp_path / "runs" / "smoke")
-    for name in ("text", "tokenizer", "corpus"):
-        mark_done(runs[name], {})
-    source = SourceRecord(train=(), heldout=(), tokens=1200, heldout_tokens=9, documents=1, heldout_documents=1, max_epochs=1.0)
-    sources = {"a": source, "b": replace(source, tokens=34)}
-    index = CorpusIndex(tokenizer_hash="", tokenizer_path="", vocab_size=512, eod_id=0, bos=False, sources=sources)
-    write_json(runs["corpus"].path / "corpus.json", to_json(index))
-    trained(runs["base"], 6, 5.25)
-    mark_done(runs["base"], {})
-    parent = Parent(
-        stage="base",
-        start="weights",
-        iteration=6,
-        tokens=3072,
-        lineage_tokens=3072,
-        learning_rate=1e-3,
-        science_hash="",
-        manifest_sha256="",
-    )
-    trained(runs["stable"], 6, 4.125, parent)
-    begin_attempt(runs["stable"])
-    attempt = begin_attempt(runs["decay_long"])
-    attempt.finish("failed", error="DataError: no such source\nand more")
-    lines = tree_text(Path("runs")).splitlines()
-    assert lines[0] == "smoke  (runs/smoke)"
-    assert [line.split()[0] for line in lines[1:4]] == ["text", "tokenizer", "corpus"]
-    assert "tokens 1,234" in lines[3]
-    words = {
-        name: next(line for line in lines if f"{name} " in line) for name in ("base", "stable", "decay_long", "decay_hybrid", "report")
-    }
-    assert list(words.values()) == [lines[4], lines[5], lines[7], lines[6], lines[9]]
-    assert words["base"].startswith("  base ")
-    assert words["stable"].startswith("  └─ stable ")
-    assert words["decay_long"].startswith("     ├─ decay_long ")
-    assert lines[8].startswith("     └─ decay_short ")
-    for part in (
-        f"attempt 1: running, pid {os.getpid()}",
-        "tokens 3,072 of 6,144",
-        "lineage 10,006",
-        "loss 4.1250",
-        "checkpoint 6",
-        "weights of base at 3,072 tokens",
-    ):
-        assert part in words["stable"]
-    assert "attempt 1: failed: DataError: no such source  " in words["decay_long"]
-    assert "branch of stable at its last checkpoint" in words["decay_long"]
-    assert "DONE" in words["base"]
-    assert "from scratch" in words["base"]
-    assert "not started" in words["report"]
-
-
-def test_the_tree_of_one_graph_or_one_run_is_its_part(tmp_path: Path) -> None:
-    write_all(tmp_path / "smoke")
-    assert len(tree_text(tmp_path).splitlines()) == len(tree_text(tmp_path / "smoke").splitlines()) == 10
-    assert len(tree_text(tmp_path / "smoke" / "text").splitlines()) == 2
-
-
-def test_the_tree_survives_a_checkpoint_without_manifest(tmp_path: Path) -> None:
-    runs = write_all(tmp_path)
-    trained(runs["base"], 6, 5.0)
-    (runs["base"].checkpoints_path / "iter_0000006" / "manifest.json").write_text("{")
-    assert "checkpoint 6 (no readable manifest)" in tree_text(tmp_path)
-    (runs["base"].checkpoints_path / "latest_checkpointed_iteration.txt").write_text("release")
-    with pytest.raises(RunError, match="holds 'release', not the number of a checkpoint"):
-        tree_text(tmp_path)
-
-
-def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=f"{tmp_path}: no run folders here"):
-        tree_text(tmp_path)
 
 
 def test_the_summary_counts_seconds_tokens_and_points_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +314,3 @@ def test_the_summary_counts_seconds_tokens_and_points_to_the_page(tmp_path: Path
     assert lines[2].split() == ["base", "train", "DONE", "12", "3,072", "5.2500"]
     assert lines[3].split() == ["report", "report", "DONE", "5"]
     assert lines[4] == "report: report/index.html"
-
-
-def test_columns_leave_out_what_is_empty() -> None:
-    assert columns([["a", "", "b"], ["long", "", ""]]) == ["a     b", "long"]

@@ -46,6 +46,24 @@ def test_an_attempt_that_starts_over_supersedes_everything(tmp_path: Path) -> No
     assert [(r["step"], r["attempt"]) for r in read_metrics(tmp_path / "m", "train")] == [(1, 3)]
 
 
+def test_a_roll_back_supersedes_the_steps_after_its_own(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "m", 1, 0)
+    for loss, steps in ((5.0, (1, 2, 3)), (4.0, (3, 4)), (3.0, (3, 5))):
+        if loss < 5:
+            writer.write("roll_back", 2, {"at_step": steps[-1]})
+        for step in steps:
+            writer.write("train", step, {"loss": loss})
+    writer.write("skip", 4, {"reason": "loss spike"})
+    writer.close()
+    records = read_metrics(tmp_path / "m", "train")
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 5.0), (2, 5.0), (3, 3.0), (5, 3.0)]
+    assert [r["at_step"] for r in read_metrics(tmp_path / "m") if r["kind"] == "roll_back"] == [4, 5]
+    attempt(tmp_path / "m", 2, 4, 5, 2.0)
+    records = read_metrics(tmp_path / "m", "train")
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 5.0), (2, 5.0), (3, 3.0), (5, 2.0)]
+    assert [r["step"] for r in read_metrics(tmp_path / "m", "skip")] == [4]
+
+
 def test_a_torn_last_line_is_closed_off_by_the_next_attempt(tmp_path: Path) -> None:
     path = tmp_path / "m"
     attempt(path, 1, 0, 2, 5.0)

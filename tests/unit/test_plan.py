@@ -149,17 +149,21 @@ def test_more_ranks_than_gpus_on_a_node_are_refused():
         plan_rows(graph, clusters.h100())
 
 
-def test_a_start_from_a_checkpoint_that_may_be_gone_is_refused():
+def test_the_points_that_stages_start_from_are_pinned_however_far_apart():
     graph = ablations.decay_qa()
     assert rows_of(graph)["pilot_omi2_30"]["joint"]["parent_step"] == 30_994
-    unpinned = with_overrides(graph, ["stable.plan.pin_every_tokens=0"])
-    with pytest.raises(ConfigError, match=r"stage pilot_megamath_qa_10: starts from 'stable' at step 30,994 .*may be removed"):
-        plan_rows(unpinned)
+    unpinned = rows_of(with_overrides(graph, ["stable.plan.pin_every_tokens=0"]))
+    assert unpinned["pilot_omi2_30"]["joint"]["parent_step"] == 30_994
+    assert unpinned["stable"]["checkpoints"]["pinned_steps"] == [30_994, 50_000]
     off = Branch(stage="stable", tokens=31_000 * 4_194_304)  # a routine save's step, which goes when newer ones come
-    with pytest.raises(ConfigError, match=r"Start at 129,998,258,176 tokens, or set stable.plan.pin_every_tokens=130023424000"):
+    branched = changed(octothinker.llama_3b(), "decay_long", start=off)
+    assert 31_000 in rows_of(with_overrides(branched, []))["stable"]["checkpoints"]["pinned_steps"]
+
+
+def test_a_graph_whose_joints_were_never_pinned_is_refused():
+    off = Branch(stage="stable", tokens=31_000 * 4_194_304)
+    with pytest.raises(ConfigError, match=r"stage decay_long: starts from 'stable' at step 31,000 .*may be removed"):
         plan_rows(changed(octothinker.llama_3b(), "decay_long", start=off))
-    pinned = with_overrides(octothinker.llama_3b(), ["stable.plan.pin_every_tokens=130023424000"])
-    assert rows_of(changed(pinned, "decay_long", start=off))["decay_long"]["joint"]["parent_step"] == 31_000
 
 
 def test_the_graph_is_drawn_as_a_tree():

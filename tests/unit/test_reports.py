@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_ext.attempts import begin_attempt
 from megatron_ext.config.base import to_json
 from megatron_ext.config.budget import Budget
 from megatron_ext.config.mixture import Mixture, Row
@@ -24,12 +25,21 @@ from megatron_ext.config.schedule import Schedule, learning_rate
 from megatron_ext.config.stages import Branch, ReportStage, Scratch, Source, TokenizeStage, TrainStage, Weights, inputs
 from megatron_ext.errors import RunError
 from megatron_ext.metrics import MetricsWriter
-from megatron_ext.provenance import Consumed, CorpusIndex, Manifest, Parent, SourceRecord, environment, write_manifest
+from megatron_ext.provenance import (
+    Consumed,
+    CorpusIndex,
+    Manifest,
+    Parent,
+    SourceRecord,
+    environment,
+    file_sha256,
+    write_manifest,
+)
 from megatron_ext.reports import format as show
 from megatron_ext.reports import lineage_figure, markup, rows, style, tables
 from megatron_ext.reports.page import run_report
 from megatron_ext.reports.read import Reading, StageData, gather
-from megatron_ext.runs import Run, begin_attempt, mark_done, write_json, write_run
+from megatron_ext.runs import Run, mark_done, write_json, write_run
 
 TOKENS = 4 * 64  # of one step
 MODEL = ModelConfig(name="toy", num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
@@ -78,6 +88,11 @@ def write_heldout(writer: MetricsWriter, config: TrainStage, step: int) -> None:
         writer.write("validation", step, {"source": source, "loss": heldout_of(config.name, source, step), **here})
 
 
+def manifest_of(run: Run) -> Path:
+    """The manifest of a finished stage's last checkpoint."""
+    return run.checkpoints_path / f"iter_{run.stage.budget.steps:07d}" / "manifest.json"
+
+
 def write_checkpoint(run: Run, parent: Run | None) -> None:
     config, steps = run.stage, run.stage.budget.steps
     ledger = tuple(
@@ -89,7 +104,8 @@ def write_checkpoint(run: Run, parent: Run | None) -> None:
         at = parent.stage.budget
         rate = learning_rate(parent.stage.schedule, at.tokens - TOKENS, at.tokens)
         origin = Parent(stage=parent.name, start=config.start.kind, iteration=at.steps, tokens=at.tokens, learning_rate=rate,
-                        lineage_tokens=BEFORE[run.name], science_hash=parent.science_hash, manifest_sha256="0")  # fmt: skip
+                        lineage_tokens=BEFORE[run.name], science_hash=parent.science_hash,
+                        manifest_sha256=file_sha256(manifest_of(parent)))  # fmt: skip
     folder = run.checkpoints_path / f"iter_{steps:07d}"
     folder.mkdir(parents=True)
     manifest = Manifest(stage=run.name, graph=run.graph, attempt=1, iteration=steps, tokens=config.budget.tokens, learning_rate=1e-3,

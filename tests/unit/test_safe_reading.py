@@ -9,19 +9,28 @@ import random
 import re
 import shutil
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_ext.config.base import to_json
 from megatron_ext.config.plan import TrainPlan
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, DataError
+from megatron_ext.provenance import CORPUS, read_corpus, read_manifest, read_sidecar, write_manifest
+from megatron_ext.runs import write_json
 from tests import ranks
-from tests.small_checkpoints import save_small, sign_again, small_state
+from tests.small_checkpoints import extra_state, save_small, sign_again, small_state
+from tests.small_corpus import write_corpus
 
 ONE_RANK = TrainPlan(device="cpu")
-EVIL = ("metadata", "metadata inside", "byte entry", "common")  # checkpoints that make a canary when they are unpickled
-DAMAGED = ("metadata cut", "metadata of another type", "byte entry damaged", "tensor damaged", "common damaged", "format", "path outside")
+EVIL = ("metadata", "metadata inside", "byte entry", "common", "extra state")  # checkpoints that make a canary when they are unpickled
+REFUSED = (
+    "metadata of another type", "byte entry damaged", "tensor damaged", "common damaged", "format", "path outside",
+    "entry before the file", "file without a digest", "manifest outside",
+)  # fmt: skip
+DAMAGED = ("metadata cut", "metadata missing")  # no guard is asked: an older checkpoint may be whole
 Outcome = tuple[str, str, bool]  # kind of error ('' for none), its message, whether the canary was made
 
 
@@ -50,8 +59,10 @@ def write_all(folder: Path) -> None:
 
     save_small(folder / "good", entry={"amax": torch.ones(2)})
     save_small(folder / "byte entry", entry=Evil(canary(folder, "byte entry")))
-    for case in (*EVIL, *DAMAGED):
-        if case != "byte entry":
+    pickled = pickle.dumps({"recipe": Evil(canary(folder, "extra state"))})
+    save_small(folder / "extra state", **extra_state(torch.frombuffer(bytearray(pickled), dtype=torch.uint8)))
+    for case in (*EVIL, *REFUSED, *DAMAGED):
+        if case not in ("byte entry", "extra state"):
             shutil.copytree(checkpoint(folder, "good"), checkpoint(folder, case))
         path, at = checkpoint(folder, case), canary(folder, case)
         metadata, common = path / ".metadata", path / "common.pt"
@@ -79,6 +90,17 @@ def write_all(folder: Path) -> None:
                 common.write_bytes(b"x" * 50)
             case "format":
                 (path / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 9}')
+            case "entry before the file":
+                entries["weight"].offset = -entries["weight"].offset
+                metadata.write_bytes(pickle.dumps(real))
+            case "file without a digest":
+                shutil.copy(data, path / "__7_0.distcp")
+                for info in entries.values():
+                    info.relative_path = "__7_0.distcp"
+                metadata.write_bytes(pickle.dumps(real))
+            case "metadata missing":
+                metadata.unlink()
+                continue
             case "path outside":
                 data.replace(path.parent / "elsewhere.distcp")
                 data.write_bytes(b"not read")
@@ -86,6 +108,10 @@ def write_all(folder: Path) -> None:
                     info.relative_path = "../elsewhere.distcp"
                 metadata.write_bytes(pickle.dumps(real))
         sign_again(path)
+        if case == "manifest outside":
+            (path.parent / "secret").write_bytes(b"x")
+            old = read_manifest(path)
+            write_manifest(path, replace(old, files={**old.files, "../secret": (1, "0" * 64)}))
 
 
 def guarded(groups: Any, folder: Path) -> dict[str, Outcome]:
@@ -95,12 +121,12 @@ def guarded(groups: Any, folder: Path) -> dict[str, Outcome]:
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # a user's setting that would switch torch's own guard off
     write_all(folder)
     found = {}
-    for case in ("good", *EVIL, *DAMAGED):
+    for case in ("good", *EVIL, *REFUSED, *DAMAGED):
         try:
             loaded = load_state(small_state(), checkpoint(folder, case))
             error = ("", f"{loaded['weight'].tolist()} {loaded['entry']} {loaded['plain']}")
         except CheckpointError as refusal:
-            error = ("CheckpointError", str(refusal))
+            error = (type(refusal).__name__, str(refusal))
         except BaseException as other:  # noqa: BLE001 - the test shows what it was
             error = (type(other).__name__, str(other))
         found[case] = (*error, canary(folder, case).exists())
@@ -132,7 +158,10 @@ def unguarded(groups: Any, folder: Path) -> dict[str, bool]:
     for case in EVIL:
         assert not canary(folder, case).exists()
         with contextlib.suppress(AttributeError, CheckpointException, TypeError):  # it fails, if at all, after the code has run
-            dist_checkpointing.load(small_state(), str(checkpoint(folder, case)))
+            asked = {**small_state(), **(extra_state() if case == "extra state" else {})}
+            loaded = dist_checkpointing.load(asked, str(checkpoint(folder, case)))
+            if case == "extra state":
+                pickle.loads(loaded["extra"].numpy().tobytes())  # as Transformer Engine's layers do
         made[case] = canary(folder, case).exists()
     return made
 
@@ -156,6 +185,11 @@ MESSAGES = {
     "metadata inside": r"\.metadata: refused: it asks for posix\.mkdir",
     "byte entry": r"byte entry/iter_0000001: .*'entry/shard_0_1': refused, nothing was run: .*posix\.mkdir",
     "common": r"common/iter_0000001/common\.pt: refused, nothing was run: .*posix\.mkdir",
+    "extra state": r"\.distcp: entry 'decoder\..*\.linear_qkv\._extra_state/shard_0_1': refused: it asks for posix\.mkdir",
+    "entry before the file": r"\.metadata: entry 'weight' lies at -\d+, \d+ bytes long",
+    "file without a digest": r"\.metadata: points to '__7_0\.distcp', which manifest\.json does not list",
+    "manifest outside": r"manifest outside/iter_0000001: the manifest names a file outside the checkpoint: '\.\./secret'",
+    "metadata missing": r"\.metadata: missing, though the manifest lists it",
     "metadata cut": r"\.metadata: not readable: .*damaged, use another checkpoint",
     "metadata of another type": r"\.metadata: holds a dict, not checkpoint metadata",
     "byte entry damaged": r"byte entry damaged/iter_0000001: .*'entry/shard_0_1': refused, nothing was run: .*damaged",
@@ -166,10 +200,10 @@ MESSAGES = {
 }
 
 
-@pytest.mark.parametrize("case", [*EVIL, *DAMAGED])
+@pytest.mark.parametrize("case", [*EVIL, *REFUSED, *DAMAGED])
 def test_an_altered_checkpoint_is_refused_and_runs_nothing(outcomes, case):
     kind, message, ran = outcomes[case]
-    assert kind == "CheckpointError", message
+    assert kind == ("DamagedCheckpointError" if case in DAMAGED else "CheckpointError"), message  # none falls back from an attack
     assert re.search(MESSAGES[case], message), message
     assert not ran
 
@@ -234,3 +268,67 @@ def test_damage_anywhere_in_metadata_is_our_error_or_harmless(outcomes, folder, 
         except CheckpointError:
             refused += 1
     assert refused > len(content) // 3 + 100
+
+
+# ---- records of a corpus
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "runs", {"web": 6}, heldout=2, num_shards=1).path
+
+
+def set_value(path: Path, key: str, value: Any) -> None:
+    """Change a record of ours as whoever holds the files can."""
+    import json
+
+    write_json(path, {**json.loads(path.read_text()), key: value})
+
+
+@pytest.mark.parametrize("prefix", ["../train-00000", "/etc/passwd", "a/b", "..", ".", "", "x\0"])
+def test_a_sidecar_that_leads_outside_is_refused(corpus, prefix):
+    sidecar = corpus / "shards" / "web" / "train-00000.json"
+    set_value(sidecar, "prefix", prefix)
+    with pytest.raises(DataError, match=r"train-00000\.json: .*prefix .* is no file name: it would lead out of the sidecar's folder"):
+        read_sidecar(sidecar)
+
+
+def test_a_sidecar_whose_files_are_links_outside_is_refused(corpus, tmp_path):
+    sidecar = corpus / "shards" / "web" / "train-00000.json"
+    read_sidecar(sidecar)
+    tokens = sidecar.with_suffix(".bin").rename(tmp_path / "elsewhere.bin")
+    sidecar.with_suffix(".bin").symlink_to(tokens)
+    with pytest.raises(
+        DataError, match=r"train-00000\.json: 'train-00000\.bin' is a link that leads out of the folder, to .*elsewhere\.bin"
+    ):
+        read_sidecar(sidecar)
+
+
+@pytest.mark.parametrize("name", ["../other/train-00000.json", "/etc/passwd", "shards/../../x.json", ""])
+def test_a_corpus_that_leads_outside_is_refused(corpus, name):
+    index = read_corpus(corpus)
+    record = {**to_json(index.sources["web"]), "train": [name]}
+    for key, value in (("sources", {"web": record}), ("tokenizer_path", name)):
+        write_json(corpus / CORPUS, to_json(index))
+        set_value(corpus / CORPUS, key, value)
+        with pytest.raises(DataError, match=r"corpus\.json: .*path .* leads out of the corpus' folder"):
+            read_corpus(corpus)
+
+
+def test_a_corpus_whose_folder_is_a_link_outside_is_refused(corpus, tmp_path):
+    (corpus / "shards" / "web").rename(tmp_path / "elsewhere")
+    (corpus / "shards" / "web").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"corpus\.json: 'shards/web/train-00000\.json' is a link that leads out of the folder"):
+        read_corpus(corpus)
+
+
+@pytest.mark.parametrize("protocol", [0, 4])
+def test_a_record_that_is_a_pickle_is_refused_and_not_run(corpus, tmp_path, protocol):
+    made = tmp_path / "canary"
+    for path, read in ((corpus / "shards" / "web" / "train-00000.json", read_sidecar), (corpus / CORPUS, lambda p: read_corpus(p.parent))):
+        path.write_bytes(pickle.dumps(Evil(made), protocol))
+        with pytest.raises(DataError, match="not valid JSON"):
+            read(path)
+        assert not made.exists()
+    pickle.loads((corpus / CORPUS).read_bytes())  # the fault: it would have run
+    assert made.exists()

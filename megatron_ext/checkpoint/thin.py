@@ -1,0 +1,126 @@
+"""Weights without optimizer state: a published checkpoint made several times smaller, in place.
+
+No model is built and no tensor is opened: entries of `.distcp` files stand on their own, so those of the
+weights are copied as they are and found again through a new `.metadata`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from megatron_ext.checkpoint.extra_state import EXTRA_STATE
+from megatron_ext.checkpoint.hashing import HashingFileSystem
+from megatron_ext.checkpoint.load import open_metadata
+from megatron_ext.checkpoint.safe_reading import read_common
+from megatron_ext.checkpoint.swap import finish_swaps, swap_in, sync
+from megatron_ext.checkpoint.verify import verify
+from megatron_ext.errors import CheckpointError
+from megatron_ext.provenance import MANIFEST, Manifest, file_sha256, read_manifest, write_manifest
+
+COPY_BYTES = 1 << 24
+METADATA_FNAME = ".metadata"
+_OPTIMIZER = re.compile(r"(chained_[0-9]+\.)?optimizer(\.|$)")
+
+
+def thin(folder: Path) -> Manifest:
+    """Remove the optimizer state of a published checkpoint; its new manifest, or the old one where there is none left.
+
+    Every file is read and checked first: what is damaged must not be given digests that fit
+    (`DamagedCheckpointError`). Nobody may be writing or reading the checkpoint.
+    """
+    finish_swaps(folder.parent)
+    manifest = verify(folder)
+    if manifest.optimizer_layout == "none":
+        return manifest
+    aside = folder.with_name(f".{folder.name}.thinning")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        _write(folder, aside, manifest)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{aside}: could not be written: {error}; make room on its disk, if that is full: {folder} stands") from error
+    swap_in(aside, folder)
+    return read_manifest(folder)
+
+
+def _write(folder: Path, aside: Path, manifest: Manifest) -> None:
+    """Write the thin checkpoint aside, all of it on the disk, its manifest last."""
+    metadata, files = open_metadata(folder), HashingFileSystem()
+    _write_metadata(files, aside, metadata, _copy_weights(files, folder, aside, metadata))
+    common = {key: value for key, value in read_common(folder).items() if not _OPTIMIZER.match(key)}
+    with _synced(files, aside / COMMON_STATE_FNAME) as stream:
+        torch.save(common, stream)
+    with _synced(files, aside / CONFIG_FNAME) as stream:
+        stream.write((folder / CONFIG_FNAME).read_bytes())
+    was = file_sha256(folder / MANIFEST)
+    write_manifest(aside, dataclasses.replace(manifest, optimizer_layout="none", files=files.digests, thinned_from=was))
+    sync(aside)
+
+
+def thinnable_bytes(folder: Path) -> int:
+    """How many bytes of a checkpoint are optimizer state."""
+    entries = (open_metadata(folder).storage_data or {}).items()
+    return sum(info.length for index, info in entries if not _is_kept(index.fqn))
+
+
+def _is_kept(name: str) -> bool:
+    return not _OPTIMIZER.match(name) and EXTRA_STATE not in name
+
+
+def _copy_weights(files: HashingFileSystem, folder: Path, aside: Path, metadata: Metadata) -> dict[MetadataIndex, Any]:
+    """Copy the bytes of all weights; where each of them lies now."""
+    by_file: dict[str, list[tuple[MetadataIndex, Any]]] = {}
+    for index, info in (metadata.storage_data or {}).items():
+        if _is_kept(index.fqn):
+            by_file.setdefault(info.relative_path, []).append((index, info))
+    if not by_file:
+        raise CheckpointError(f"{folder}: holds no weights, only optimizer state; it was not written by a training stage")
+    placed = {}
+    for name, entries in by_file.items():
+        with (folder / name).open("rb") as source, _synced(files, aside / name) as target:
+            end = 0
+            for index, info in sorted(entries, key=lambda entry: int(entry[1].offset)):
+                _copy(source, target, info.offset, info.length)
+                placed[index] = dataclasses.replace(info, offset=end)
+                end += info.length
+    return placed
+
+
+def _copy(source: BinaryIO, target: Any, offset_bytes: int, length_bytes: int) -> None:
+    source.seek(offset_bytes)
+    while length_bytes:
+        data = source.read(min(COPY_BYTES, length_bytes))
+        if not data:
+            raise CheckpointError(f"{source.name}: ends inside of an entry that .metadata names; it was altered")
+        target.write(data)
+        length_bytes -= len(data)
+
+
+def _write_metadata(files: HashingFileSystem, aside: Path, metadata: Metadata, placed: dict[MetadataIndex, Any]) -> None:
+    kept = {name: entry for name, entry in metadata.state_dict_metadata.items() if _is_kept(name)}
+    with _synced(files, aside / METADATA_FNAME) as stream:
+        pickle.dump(dataclasses.replace(metadata, state_dict_metadata=kept, storage_data=placed), stream)
+
+
+@contextlib.contextmanager
+def _synced(files: HashingFileSystem, path: Path) -> Iterator[Any]:
+    """A new file, hashed as it is written, on the disk when the block ends."""
+    with files.create_stream(path, "wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())

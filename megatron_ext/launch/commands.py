@@ -1,0 +1,86 @@
+"""The words of the command line: every verb, its arguments and its one line of help."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_ext import __version__
+from megatron_ext.launch.ranks import Permissions
+from megatron_ext.launch.verbs import RUN_VERBS
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The whole parser; `verb` says which one was given. What it does not know of `launch` and `plan` are overrides."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-ext", description="OctoThinker's mid-training, from raw text to report, on Megatron-Core."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_recipe_verbs(verbs)
+    _add_looking_verbs(verbs)
+    _add_checkpoint_verbs(verbs)
+    for name, row in RUN_VERBS.items():
+        verb = _add(verbs, name, row.text, "RUN [options]")
+        verb.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+        _add_permissions(verb)
+    return parser
+
+
+def _add(verbs: Any, name: str, text: str, usage: str) -> argparse.ArgumentParser:
+    """A verb without arguments yet."""
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, usage=f"megatron-ext {name} {usage}")
+    return verb
+
+
+def _add_recipe_verbs(verbs: Any) -> None:
+    launch = _add(verbs, "launch", "run a recipe's stages, or show them", "RECIPE [stage.key=value ...] [options]")
+    plan = _add(verbs, "plan", "what a recipe costs", "RECIPE [stage.key=value ...] [options]")
+    doctor = _add(verbs, "doctor", "what would fail, before anything runs", "RECIPE [stage.key=value ...] [options]")
+    for verb in (launch, plan, doctor):
+        verb.add_argument("recipe", metavar="RECIPE", help="octothinker:llama_3b, or ./my.py:run; overrides follow as stage.key=value")
+        verb.add_argument("--cluster", metavar="C", help="h100, or ./site.py:h100")
+    launch.add_argument("--local", action="store_true", help="run every stage on this machine; finished ones are skipped")
+    launch.add_argument("--dry-run", action="store_true", help="print the resolved recipe, its edges and its plan; write nothing")
+    for verb in (launch, doctor):
+        verb.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go (default: runs)")
+    _add_permissions(launch)
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    doctor.add_argument("--deep", action="store_true", help="build the real model, optimizer and checkpoint plan, without memory or GPUs")
+    doctor.add_argument("--rank", type=int, metavar="N", help="the rank that --deep builds (default: first, middle and last)")
+    doctor.add_argument("--stage", metavar="NAME", help="the stage that --deep builds (default: all that differ)")
+
+
+def _add_looking_verbs(verbs: Any) -> None:
+    tree = _add(verbs, "tree", "lineage, states, tokens and checkpoints of run folders", "RUNS")
+    tree.add_argument("runs", type=Path, metavar="RUNS")
+    diff = _add(verbs, "diff", "what differs between two runs or checkpoints: science, plan, data, code, lineage", "A B [options]")
+    for side in ("a", "b"):
+        diff.add_argument(side, type=Path, metavar=side.upper(), help="a run folder, or a checkpoint folder in one")
+    diff.add_argument("--code", action="store_true", help="print the changed lines of code too, where both snapshots are there")
+    diff.add_argument("--json", action="store_true", help="as JSON")
+    why = _add(verbs, "why", "what was in one training step: documents, loss by source, gradient by layer", "RUN --step N [--json]")
+    why.add_argument("run", type=Path, metavar="RUN", help="the run folder of a training stage")
+    why.add_argument("--step", type=int, required=True, metavar="N", help="the first is 1; it is computed again, and nothing is written")
+    why.add_argument("--json", action="store_true", help="as JSON, with every sequence")
+
+
+def _add_checkpoint_verbs(verbs: Any) -> None:
+    verify = _add(verbs, "verify", "whether checkpoints are whole: reads every byte, opens nothing", "CKPT|RUN|RUNS... [--jobs N]")
+    verify.add_argument("paths", type=Path, nargs="+", metavar="CKPT|RUN|RUNS", help="checkpoints, or folders that hold some")
+    verify.add_argument("--jobs", type=int, default=4, metavar="N", help="files read at a time (default: 4)")
+    gc = _add(verbs, "gc", "remove what dead writers left and checkpoints beyond the plan's number", "RUNS [--dry-run] [--thin]")
+    gc.add_argument("runs", type=Path, metavar="RUNS", help="a run folder, or a folder of them")
+    gc.add_argument("--dry-run", action="store_true", help="say what would be done and why; touch nothing")
+    gc.add_argument("--thin", action="store_true", help="also remove the optimizer state of pinned checkpoints that nothing branches from")
+
+
+def _add_permissions(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--other-code", action="store_true", help="go on with a begun stage although other code began it")
+    verb.add_argument("--take-over", action="store_true", help="begin although another attempt seems to be at work; that one is fenced off")
+
+
+def permissions(arguments: argparse.Namespace) -> Permissions:
+    """What the flags allow."""
+    return Permissions(other_code=arguments.other_code, take_over=arguments.take_over)

@@ -1,0 +1,143 @@
+"""`megatron-ext doctor`: all that can be known to fail before a GPU is touched, every finding of it. No torch.
+
+The recipe against its own arithmetic and the cluster's facts here; text and tokenizers in
+`doctor_inputs`; run folders in `doctor_folders`; this machine in `doctor_machine`; the real objects,
+with --deep, in `doctor_deep`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.config.cluster import Cluster
+from megatron_ext.config.memory import HEADROOM, memory, save_host_bytes
+from megatron_ext.config.plan import TrainPlan
+from megatron_ext.config.stages import TrainStage
+from megatron_ext.errors import ConfigError, LaunchError, MegatronExtError
+from megatron_ext.launch.doctor_deep import rehearsed
+from megatron_ext.launch.doctor_folders import folder_findings
+from megatron_ext.launch.doctor_inputs import input_findings
+from megatron_ext.launch.doctor_machine import machine_findings
+from megatron_ext.launch.findings import Finding, error, findings_text, ok, warning
+from megatron_ext.launch.graph import Graph
+from megatron_ext.launch.load import load_graph
+from megatron_ext.launch.plan import plan_row
+from megatron_ext.launch.plan_words import size
+from megatron_ext.launch.verbs import STAGE_KINDS
+
+HOLDERS = ("weights", "gradients", "optimizer", "activations", "logits")
+HOST_SHARE = 0.8  # of a node's memory that a save may take: data loaders, page cache and the system need the rest
+
+
+def doctor_command(arguments: argparse.Namespace) -> None:
+    """Print every finding; `LaunchError` where one of them is an error, `ConfigError` where the recipe itself is one."""
+    if not arguments.deep and (arguments.rank is not None or arguments.stage is not None):
+        raise ConfigError("doctor: --rank and --stage say what --deep rehearses; add --deep")
+    graph, cluster = load_graph(arguments.recipe, arguments.overrides, arguments.cluster)
+    deep = rehearsed(graph, arguments.stage, arguments.rank) if arguments.deep else []
+    found = [*examine(graph, cluster, arguments.runs), *deep]
+    print(findings_text(found), flush=True)
+    if any(one.level == "error" for one in found):
+        raise LaunchError(f"doctor: {graph.name} would fail, for the errors listed above")
+
+
+def examine(graph: Graph, cluster: Cluster | None, runs: Path) -> list[Finding]:
+    """Everything but --deep."""
+    trained = [stage for stage in graph.stages if isinstance(stage, TrainStage)]
+    found = [*_kinds(graph), *_plans(graph, trained, cluster)]
+    for stage in trained:
+        found += [*_memory(stage, cluster), *_cores(stage, cluster)]
+    return [*found, *folder_findings(graph, runs / graph.name), *input_findings(graph), *machine_findings(graph, runs)]
+
+
+def _kinds(graph: Graph) -> list[Finding]:
+    unknown = [f"'{stage.name}' ({stage.kind})" for stage in graph.stages if stage.kind not in STAGE_KINDS]
+    if not unknown:
+        return [ok("stages", f"{len(graph.stages)}, of kinds that this version runs")]
+    runs = ", ".join(STAGE_KINDS)
+    return [
+        error(
+            "stages", f"this version cannot run {', '.join(unknown)}; it runs {runs}", "take them out of the recipe, or use a newer version"
+        )
+    ]
+
+
+def _plans(graph: Graph, trained: list[TrainStage], cluster: Cluster | None) -> list[Finding]:
+    """Parallel sizes, batch, mixture and epochs, joints and pins: whatever the plan's arithmetic refuses."""
+    found = []
+    for stage in trained:
+        try:
+            row = plan_row(graph, stage, cluster)
+        except MegatronExtError as refusal:
+            found.append(error("plan", str(refusal), stage=stage.name))
+        else:
+            found.append(ok("plan", f"{row['parallel']['ranks']:,} ranks; batch, start and sources fit together", stage.name))
+    return found
+
+
+def _memory(stage: TrainStage, cluster: Cluster | None) -> list[Finding]:
+    what = "memory"
+    if stage.plan.device == "cpu":
+        return []
+    parts = memory(stage.model, stage.budget, stage.precision, stage.plan)
+    holders = [f"{name} {size(getattr(parts, f'{name}_bytes'))}" for name in HOLDERS]
+    text = f"{size(parts.total_bytes)} a GPU ({', '.join(holders)})"
+    if cluster is None:
+        return [warning(what, f"{text}; no cluster is named to compare it with", "add --cluster NAME", stage.name)]
+    text += f", of {size(cluster.gpu_memory_bytes)}"
+    if parts.fits(cluster.gpu_memory_bytes):
+        return [ok(what, text, stage.name), *_host_memory(stage, cluster)]
+    found = error(what, f"{text}, of which {HEADROOM:.0%} should stay free", _smaller(stage, cluster), stage.name)
+    return [found, *_host_memory(stage, cluster)]
+
+
+def _smaller(stage: TrainStage, cluster: Cluster) -> str:
+    """The mildest change of the plan that makes the stage fit."""
+    for changes in _milder(stage.plan):
+        try:
+            fitting = replace(stage, plan=replace(stage.plan, **changes))
+        except ConfigError:
+            continue  # that plan breaks another rule
+        if memory(stage.model, stage.budget, stage.precision, fitting.plan).fits(cluster.gpu_memory_bytes):
+            return " ".join(f"{stage.name}.plan.{key}={str(value).lower()}" for key, value in changes.items())
+    return "more nodes, with larger tensor and pipeline sizes; or a smaller model"
+
+
+def _milder(plan: TrainPlan) -> list[dict[str, Any]]:
+    recompute = [{"recompute": word} for word in ("selective", "full") if plan.recompute == "none" or word == "full"]
+    single = [{"micro_batch": 1}] if plan.micro_batch > 1 else []
+    wider = [{"tensor": tensor, "sequence_parallel": True} for tensor in (2, 4, 8) if tensor > plan.tensor]
+    deeper = [{"pipeline": stages} for stages in (2, 4, 8) if stages > plan.pipeline]
+    full = [{**change, "recompute": "full"} for change in (*wider, *deeper)]
+    both = [{**wide, **deep, "recompute": "full"} for wide in wider for deep in deeper]
+    return [*single, *recompute, *wider, *deeper, *full, *both]
+
+
+def _host_memory(stage: TrainStage, cluster: Cluster) -> list[Finding]:
+    """A pinned save gathers the optimizer's state on the host of every rank: a node's memory must hold that."""
+    need = save_host_bytes(stage.model, stage.precision, stage.plan)
+    text = f"saves take up to {size(need)} of a node's {size(cluster.memory_bytes_per_node)}"
+    if need <= HOST_SHARE * cluster.memory_bytes_per_node:
+        return [ok("host memory", text, stage.name)]
+    way_out = f"raise {stage.name}.plan.tensor or pipeline, so that a rank holds less of the model"
+    if stage.plan.asynchronous_saves:
+        way_out += ", or set asynchronous_saves=false, which copies nothing"
+    text += ": every rank gathers the optimizer state of its part of the model for a pinned checkpoint, and may be killed"
+    return [error("host memory", text, way_out, stage.name)]
+
+
+def _cores(stage: TrainStage, cluster: Cluster | None) -> list[Finding]:
+    if cluster is None or stage.plan.device == "cpu":
+        return []
+    plan = stage.plan
+    need = plan.ranks_per_node * (plan.threads_per_rank + plan.loader_workers)
+    if need <= cluster.cores_per_node:
+        return []
+    found = (
+        f"{plan.ranks_per_node} ranks x ({plan.threads_per_rank} threads + {plan.loader_workers} loader workers) = {need} "
+        f"exceed the {cluster.cores_per_node} cores of a node"
+    )
+    return [warning("cores", found, "lower plan.loader_workers or plan.threads_per_rank", stage.name)]

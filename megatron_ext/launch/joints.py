@@ -1,0 +1,113 @@
+"""Where a run starts from another, as run folders say it: by its checkpoints' records, or before there are any by its recipe."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.config.schedule import learning_rate
+from megatron_ext.config.stages import Branch, TrainStage, Weights
+from megatron_ext.errors import CheckpointError, RunError
+from megatron_ext.provenance import MANIFEST, Manifest, file_sha256, read_manifest
+from megatron_ext.runs import CHECKPOINTS, RECIPE, Run, open_run
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Where a run starts from another: as its checkpoints recorded it, or before there are any as its recipe asks for it."""
+
+    start: str  # weights or branch
+    stage: str  # the parent
+    folder: Path  # the parent's run folder
+    is_last: bool  # asked for as the parent's last, and not recorded yet
+    tokens: int | None  # of the parent stage; None where its folder does not say
+    rate_before: float | None  # of the parent's last step before the joint
+    rate_after: float  # of the first step after it
+    iteration: int | None = None  # of the parent's checkpoint, where recorded
+    manifest_sha256: str = ""  # of that checkpoint, where recorded
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The parent's checkpoint, where recorded."""
+        return None if self.iteration is None else checkpoint_path(self.folder, self.iteration)
+
+
+def joint_of(run: Run, manifest: Manifest | None) -> Joint | None:
+    """The joint at which a run begins; None where it begins from nothing."""
+    start = getattr(run.stage, "start", None)
+    if not isinstance(start, Weights | Branch):
+        return None
+    folder = run.inputs["start"]
+    after = learning_rate(run.stage.schedule, 0, run.stage.budget.tokens)
+    if manifest is not None and manifest.parent is not None:
+        old = manifest.parent
+        return Joint(start.kind, start.stage, folder, False, old.tokens, old.learning_rate, after, old.iteration, old.manifest_sha256)
+    tokens, before = start.tokens, None
+    parent = open_run(folder).stage if (folder / RECIPE).is_file() else None
+    if isinstance(parent, TrainStage):
+        tokens = parent.budget.tokens if tokens is None else tokens
+        before = learning_rate(parent.schedule, tokens - parent.budget.tokens_per_batch, parent.budget.tokens)
+    return Joint(start.kind, start.stage, folder, start.tokens is None, tokens, before, after)
+
+
+def rate_words(joint: Joint) -> str:
+    """', LR 0.003', with both sides where the rate steps at the joint."""
+    if joint.rate_before is None:
+        return ""
+    step = "" if f"{joint.rate_before:.4g}" == f"{joint.rate_after:.4g}" else f" -> {joint.rate_after:.4g}"
+    return f", LR {joint.rate_before:.4g}{step}"
+
+
+def parent_change(joint: Joint) -> str:
+    """What became of the checkpoint that a run started from; '' where it is the same, or lost its optimizer state only."""
+    if joint.checkpoint is None:
+        return ""
+    path = joint.checkpoint / MANIFEST
+    name = os.path.relpath(joint.checkpoint)
+    if not path.is_file():
+        return f"its parent checkpoint {name} is gone"
+    found = file_sha256(path)
+    if found == joint.manifest_sha256:
+        return ""
+    try:
+        if read_manifest(joint.checkpoint).thinned_from == joint.manifest_sha256:
+            return ""
+    except CheckpointError:
+        pass  # damaged: so it is not the same
+    return (
+        f"its parent checkpoint {name} is not the one that it started from: the manifest hashes to {found[:12]}, "
+        f"recorded is {joint.manifest_sha256[:12]}"
+    )
+
+
+def checkpoint_path(run_path: Path, iteration: int) -> Path:
+    """A checkpoint's folder, by Megatron's naming."""
+    return run_path / CHECKPOINTS / f"iter_{iteration:07d}"
+
+
+def published(run: Run) -> list[int]:
+    """Iterations of the checkpoints that have a manifest, ascending."""
+    names = [path.parent.name.removeprefix("iter_") for path in run.checkpoints_path.glob(f"iter_*/{MANIFEST}")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def latest_iteration(run: Run) -> int | None:
+    """The checkpoint that a run's tracker names; None before the first, `RunError` where the tracker is broken."""
+    path = run.checkpoints_path / LATEST
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8").strip()
+    if not text.isdigit():
+        raise RunError(f"{path}: holds {text[:40]!r}, not the number of a checkpoint; write the newest iter_ folder's number into it")
+    return int(text)
+
+
+def readable_manifest(run: Run, iteration: int) -> Manifest | None:
+    """A checkpoint's manifest, or None where it is missing or damaged."""
+    try:
+        return read_manifest(checkpoint_path(run.path, iteration))
+    except CheckpointError:
+        return None  # who looks says so, and goes on to the other runs

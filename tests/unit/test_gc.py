@@ -1,0 +1,190 @@
+"""Cleaning run folders: what goes, what stays and why, and that a run somebody is at work on is not touched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.__main__ import main
+from megatron_ext.attempts import begin_attempt
+from megatron_ext.checkpoint import folder as folders
+from megatron_ext.checkpoint.verify import verify
+from megatron_ext.config.stages import Branch, Weights
+from megatron_ext.provenance import MANIFEST, read_manifest
+from megatron_ext.runs import RECIPE
+from tests.small_checkpoints import CONTENT, TOKENS_PER_STEP, write_files
+from tests.small_corpus import STAGE, train_run, write_corpus
+
+KEEP = 2
+BYTES = sum(map(len, CONTENT.values()))
+
+
+def stage(name: str, **changes):
+    return replace(STAGE, name=name, plan=replace(STAGE.plan, keep_checkpoints=KEEP), **changes)
+
+
+@pytest.fixture
+def graph(tmp_path):
+    """A corpus, and a run with checkpoints 1 to 6, of which 2 and 6 are pinned."""
+    corpus = write_corpus(tmp_path / "demo", {"web": 6, "qa": 6}, heldout=2, num_shards=1)
+    run = train_run(corpus, stage("stable"))
+    for iteration in range(1, 7):
+        write_files(run.checkpoints_path, iteration, pinned=iteration in (2, 6))
+    (run.checkpoints_path / folders.TRACKER).write_text("6\n")
+    return corpus, run
+
+
+def leave_behind(run) -> list[str]:
+    """What a killed attempt, a stale owner, a fall-back and killed cleanings leave; their names."""
+    left = [
+        ".attempt-1",
+        ".revoked-0a1b",
+        ".iter_0000003.damaged",
+        ".iter_0000003.thinning",
+        ".iter_0000003.discarded",
+        ".iter_0000002.replaced",
+    ]
+    for name in left:
+        (run.checkpoints_path / name / "iter_0000007").mkdir(parents=True)
+        (run.checkpoints_path / name / "iter_0000007" / "part").write_bytes(b"x" * 50)
+    (run.checkpoints_path / f".{folders.TRACKER}.99.tmp").write_bytes(b"x" * 50)
+    return [*left, f".{folders.TRACKER}.99.tmp"]
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in folder.rglob("*")}
+
+
+def gc(capsys, *words) -> str:
+    assert main(["gc", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def freed(text: str) -> int:
+    return int(re.search(r"([\d,]+) bytes (would be )?freed", text)[1].replace(",", ""))
+
+
+def test_leftovers_and_routine_checkpoints_go(graph, capsys):
+    _, run = graph
+    left = leave_behind(run)
+    (run.checkpoints_path / "notes").mkdir()
+    (run.checkpoints_path / ".snapshot").mkdir()  # of a file server: not ours
+    before = sum(len(content or b"") for content in listing(run.checkpoints_path).values())
+    said = gc(capsys, run.path.parent)
+    assert folders.published(run.checkpoints_path) == [2, 4, 5, 6]
+    assert {p.name for p in run.checkpoints_path.iterdir()} == {
+        folders.TRACKER,
+        "notes",
+        ".snapshot",
+        *(f"iter_{i:07d}" for i in (2, 4, 5, 6)),
+    }
+    for name in (*left, "iter_0000001", "iter_0000003"):
+        assert re.search(rf"^remove +[\d,]+ bytes  .*/{re.escape(name)}  \(.+\)$", said, re.M), name
+    assert f"iter_0000001  (routine, beyond the newest {KEEP})" in said
+    assert ".attempt-1  (not published by an attempt that is dead)" in said
+    after = sum(len(content or b"") for content in listing(run.checkpoints_path).values())
+    assert freed(said) == before - after > 2 * BYTES + 7 * 50
+    for iteration in (2, 4, 5, 6):
+        verify(folders.iteration_path(run.checkpoints_path, iteration))
+    assert gc(capsys, run.path.parent) == "0 bytes freed\n"
+
+
+def test_a_dry_run_says_the_same_and_touches_nothing(graph, capsys):
+    _, run = graph
+    leave_behind(run)
+    before = listing(run.path)
+    said = gc(capsys, run.path, "--dry-run")
+    assert listing(run.path) == before
+    done = gc(capsys, run.path)
+    assert said.splitlines()[:-1] == done.splitlines()[:-1]
+    assert said.endswith("bytes would be freed; nothing was touched\n")
+    assert freed(said) == freed(done) > 0
+
+
+def test_a_run_at_work_is_left_alone(graph, capsys):
+    corpus, run = graph
+    other = train_run(corpus, stage("other"))
+    left = leave_behind(other)
+    attempt = begin_attempt(run)
+    before = listing(run.checkpoints_path)
+    said = gc(capsys, run.path.parent)
+    assert f"{run.path}: attempt 1 (pid " in said
+    assert " is at work: left alone" in said
+    assert listing(run.checkpoints_path) == before
+    assert all(f"/other/checkpoints/{name}  (" in said for name in left)  # the others are cleaned
+    attempt.finish("done")
+    assert "left alone" not in gc(capsys, run.path.parent)
+    assert listing(run.checkpoints_path) != before
+
+
+def test_a_run_that_a_live_child_may_load_from_is_left_alone(graph, capsys):
+    corpus, run = graph
+    child = train_run(corpus, stage("child", start=Weights(stage="stable")), run)
+    attempt = begin_attempt(child)
+    before = listing(run.checkpoints_path)
+    assert re.search(rf"{run.path}: attempt 1 .* of 'child' may be loading from it: left alone", gc(capsys, run.path))
+    assert listing(run.checkpoints_path) == before
+    write_files(child.checkpoints_path, 1)  # from now on it goes on from its own
+    assert "left alone" not in gc(capsys, run.path)
+    attempt.finish("done")
+
+
+@pytest.mark.parametrize("start", [Branch, Weights])
+def test_a_point_that_a_recipe_names_stays(graph, capsys, start):
+    """Also where only the parent is cleaned: the recipes beside it are read."""
+    corpus, run = graph
+    train_run(corpus, stage("child", start=start(stage="stable", tokens=3 * TOKENS_PER_STEP)), run)
+    gc(capsys, run.path)
+    assert folders.published(run.checkpoints_path) == [2, 3, 4, 5, 6]
+
+
+def test_what_the_tracker_names_stays(graph, capsys):
+    _, run = graph
+    (run.checkpoints_path / folders.TRACKER).write_text("1\n")  # set back by hand
+    gc(capsys, run.path)
+    assert folders.published(run.checkpoints_path) == [1, 2, 4, 5, 6]
+
+
+def test_what_cannot_be_cleaned_is_said_after_the_rest_is_done(graph, capsys):
+    corpus, run = graph
+    other = train_run(corpus, stage("a run before it"))
+    write_files(other.checkpoints_path, 1)
+    (folders.iteration_path(other.checkpoints_path, 1) / MANIFEST).write_text("{}")
+    assert main(["gc", str(run.path.parent)]) == 2
+    assert re.search(
+        r"error: not cleaned:\n.*a run before it/checkpoints/iter_0000001/manifest\.json: is not what its own_sha256",
+        capsys.readouterr().err,
+    )
+    assert folders.published(run.checkpoints_path) == [2, 4, 5, 6]
+
+
+def test_an_unreadable_recipe_beside_stops_everything(graph, capsys):
+    """It may name any point of any run."""
+    _, run = graph
+    before = listing(run.checkpoints_path)
+    (run.path.parent / "broken").mkdir()
+    (run.path.parent / "broken" / RECIPE).write_text("{")
+    assert main(["gc", str(run.path)]) == 2
+    assert "broken/recipe.json: not valid JSON" in capsys.readouterr().err
+    assert listing(run.checkpoints_path) == before
+
+
+def test_no_run_folders(tmp_path, capsys):
+    assert main(["gc", str(tmp_path)]) == 2
+    assert "no run folders here (no recipe.json)" in capsys.readouterr().err
+
+
+def test_a_cleaning_that_was_killed_between_two_renames_is_finished(graph, capsys):
+    _, run = graph
+    path = folders.iteration_path(run.checkpoints_path, 2)
+    path.rename(path.with_name(f".{path.name}.thinned"))
+    write_files(run.checkpoints_path, 9).rename(path.with_name(f".{path.name}.replaced"))
+    said = gc(capsys, run.path, "--dry-run")
+    assert re.search(r"^finish .*\.iter_0000002\.thinned  \(weights alone, made ready by a gc that was killed\)$", said, re.M)
+    assert not path.exists()
+    gc(capsys, run.path)
+    assert read_manifest(path).iteration == 2
+    assert not list(run.checkpoints_path.glob(".*"))
