@@ -73,6 +73,17 @@ class _ProgressHook(Hook):
                 learning_rate=metrics["learning_rate"],
             )
 
+    def skip(self, context: Context, found: Record) -> None:  # noqa: ARG002
+        """Move it by a batch that was left out."""
+        if self._bar:
+            self._bar.update(context.run.stage.budget.tokens_per_batch)
+
+    def roll_back(self, context: Context, found: Record) -> None:
+        """Move it back to the checkpoint."""
+        if self._bar:
+            lost_steps = found["at_step"] - 1 - context.progress.step
+            self._bar.update(-lost_steps * context.run.stage.budget.tokens_per_batch)
+
     def end(self, context: Context) -> None:  # noqa: ARG002
         """Close it."""
         self._stack.close()
@@ -91,8 +102,13 @@ class _Summary(Hook):
 
     def step(self, context: Context, metrics: Record) -> None:
         """Remember the last step."""
-        names = ("loss", "learning_rate", "tokens", "lineage_tokens")
+        names = ("loss", "learning_rate", "tokens", "lineage_tokens", "skipped_tokens")
         self.values = {"steps": context.progress.step, **{name: metrics[name] for name in names}}
+
+    def skip(self, context: Context, found: Record) -> None:
+        """Count a batch that was left out; loss and learning rate stay those of the last step that was trained on."""
+        names = ("tokens", "lineage_tokens", "skipped_tokens")
+        self.values = {**self.values, "steps": context.progress.step, **{name: found[name] for name in names}}
 
 
 def _log_path(run: Run, attempt: Attempt, groups: Groups) -> Path:
