@@ -31,6 +31,7 @@ PLAN_1B = TrainPlan(
     ranks_per_node=8,
     loader_workers=2,
     save_every_steps=500,
+    asynchronous_saves=True,
     pin_every_tokens=10_000_000_000,  # 20 points of the stable stage to branch from, 130B (the pilots' start) among them
 )
 PLAN_3B = replace(PLAN_1B, nodes=8)
