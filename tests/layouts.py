@@ -26,6 +26,7 @@ LAYOUTS = {
     "pipeline 2, interleaved": INTERLEAVED,
     "tensor 2 x pipeline 2": replace(CPU, ranks_per_node=4, tensor=2, pipeline=2, micro_batch=2),
     "data 2": replace(TWO, micro_batch=2),
+    "data 2 x tensor 2": replace(CPU, ranks_per_node=4, tensor=2, micro_batch=2),
     "data 2, plain optimizer": replace(TWO, distributed_optimizer=False, micro_batch=2),
 }
 STEPS, RATE, SEED = 10, 1e-3, 7

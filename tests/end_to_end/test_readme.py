@@ -52,6 +52,11 @@ def test_readmes_recipe_runs_whole(tmp_path: Path) -> None:
     assert re.findall(r"^\[\d+/10\] (\w+): \w+, done before, skipped$", again, flags=re.MULTILINE) == names
     assert "decay_linear" in megatron_ext(tmp_path, "tree", "runs")
 
+    # Looking at it: whole checkpoints, one step computed again to the bit, nothing to remove.
+    assert "runs/mine/stable/checkpoints/iter_0000012: whole" in megatron_ext(tmp_path, "verify", "runs/mine")
+    assert "equal to the record of attempt 1, to the bit" in megatron_ext(tmp_path, "why", "runs/mine/stable", "--step", "10")
+    assert "0 bytes would be freed" in megatron_ext(tmp_path, "gc", "runs", "--dry-run")
+
     # One stage by hand, from nothing: the same losses, bit for bit.
     run = folder / "decay_long"
     before = [record["loss"] for record in read_metrics(run / "metrics.jsonl", "train")]

@@ -32,6 +32,8 @@ ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
     "megatron-ext launch demo:demo --local": ("Makefile", "launch demo:demo --local"),
     "megatron-ext launch ./my.py:run --local": ("tests/end_to_end/test_readme.py", "my.py:run"),
+    "megatron-ext verify runs/demo": ("tests/end_to_end/test_readme.py", '"verify"'),
+    "megatron-ext why runs/demo/stable --step 100": ("tests/end_to_end/test_readme.py", '"why"'),
     "megatron-ext train runs/demo/decay_long": ("tests/end_to_end/test_readme.py", '"train"'),
 }
 
@@ -61,7 +63,7 @@ def shown_commands() -> list[str]:
 
 def is_cheap(command: str) -> bool:
     words = shlex.split(command)
-    return words[0] == "megatron-ext" and (words[1] in ("plan", "tree", "--help") or "--dry-run" in words)
+    return words[0] == "megatron-ext" and (words[1] in ("plan", "doctor", "tree", "diff", "--help") or "--dry-run" in words)
 
 
 def test_every_relative_link_exists() -> None:
@@ -119,7 +121,7 @@ def test_the_example_recipe_is_what_the_page_says(here: Path) -> None:
 
 def test_the_table_of_commands_names_every_verb() -> None:
     table = "\n".join(line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `megatron-ext"))
-    for verb in ("plan", "launch", "tree", *RUN_VERBS):
+    for verb in ("plan", "doctor", "launch", "tree", "diff", "why", "verify", "gc", *RUN_VERBS):
         assert re.search(rf"megatron-ext [a-z\\|]*\b{verb}\b", table), verb
 
 

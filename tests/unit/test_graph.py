@@ -99,7 +99,7 @@ def test_overrides_move_the_pins_with_the_joints_and_keep_those_asked_for() -> N
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("[0]", r"pin_tokens is \[0\], but nothing is saved before the first step"),
+        ("[0]", r"pin_tokens is \[0\], but nothing is saved before step 1"),
         ("[-512]", r"pin_tokens is \[-512\]"),
         ("[1000]", "stage stable: plan.pin_tokens: 1,000 tokens is no step of this stage.*the nearest below is 512"),
         ("[6656]", "stage stable: plan.pin_tokens: 6,656 tokens is no step of this stage.*up to 6,144"),
