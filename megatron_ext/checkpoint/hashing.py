@@ -40,6 +40,10 @@ class HashingStream:
             self.refusal = refusal
             raise
 
+    def wait(self) -> None:
+        """Until all that was written is hashed: for a writer whose bytes would else pile up in memory."""
+        self._hasher.submit(lambda: None).result()
+
     def digest(self) -> tuple[int, str]:
         """Bytes and SHA-256 of all that was written; waits for the hashing."""
         return self.size_bytes, self._hasher.submit(self._sha256.hexdigest).result()

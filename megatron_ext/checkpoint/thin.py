@@ -107,6 +107,7 @@ def _copy(source: BinaryIO, target: Any, offset_bytes: int, length_bytes: int) -
         data = source.read(min(COPY_BYTES, length_bytes))
         if not data:
             raise CheckpointError(f"{source.name}: ends inside of an entry that .metadata names; it was altered")
+        target.wait()
         target.write(data)
         length_bytes -= len(data)
 
