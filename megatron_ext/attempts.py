@@ -18,7 +18,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ from megatron_ext.snapshot import code_hash
 RECORD, EXIT, HEARTBEAT = "plan.json", "exit.json", "heartbeat"
 TAKE_OVER = "MEGATRON_EXT_TAKE_OVER"  # set to 1: begin although the owner seems to live
 BEAT_SECONDS = 15.0
+WAIT_SECONDS = 1.0
 LOST_SECONDS = 180.0  # an owner elsewhere that is silent for so long is taken for dead
 
 
@@ -106,8 +109,8 @@ def begin_attempt(run: Run) -> Attempt:
         write_json(aside / RECORD, {**_here(), "code_hash": code_hash(), "plan": to_json(run.stage.plan)})
         (aside / HEARTBEAT).touch()
         while True:
+            number = max(attempt_numbers(run.path), default=0) + 1  # before the look: who begins between the two takes this number
             _refuse_beside_owner(run)
-            number = max(attempt_numbers(run.path), default=0) + 1
             try:
                 aside.rename(folder / str(number))
                 return Attempt(number, folder / str(number))
@@ -130,12 +133,32 @@ def live_attempt(run_path: Path) -> Attempt | None:
 
 def _refuse_beside_owner(run: Run) -> None:
     owner = live_attempt(run.path)
-    if owner is None or os.environ.get(TAKE_OVER) == "1":
+    if owner is None or os.environ.get(TAKE_OVER) == "1" or _falls_silent(owner):
         return
     raise RunError(
         f"{run.path}: {owner.describe()} is at work on stage '{run.name}'; wait for it or stop it. "
         f"Where it is known to be dead or cut off, add --take-over: it can then publish nothing more"
     )
+
+
+def _falls_silent(owner: Attempt) -> bool:
+    """Wait for an owner elsewhere until its heart beats again (False), or has not for so long that it is dead (True).
+
+    The next job of a chain comes when the last one was killed a moment ago, and must not end because of it.
+    """
+    if owner.record["place"] == _here()["place"]:
+        return False
+    print(f"waiting up to {LOST_SECONDS:.0f} s to see whether {owner.describe()} still lives", file=sys.stderr, flush=True)
+    heard = _last_beat(owner)
+    while _lives(owner):
+        if _last_beat(owner) != heard:
+            return False
+        time.sleep(WAIT_SECONDS)
+    return True
+
+
+def _last_beat(attempt: Attempt) -> float:
+    return (attempt.path / HEARTBEAT).stat().st_mtime
 
 
 def _lives(attempt: Attempt) -> bool:
@@ -154,7 +177,7 @@ def _silent_seconds(attempt: Attempt) -> float:
     probe = attempt.path.parent / f".{uuid.uuid4().hex}.clock"
     probe.touch()
     try:
-        return probe.stat().st_mtime - (attempt.path / HEARTBEAT).stat().st_mtime
+        return probe.stat().st_mtime - _last_beat(attempt)
     finally:
         probe.unlink()
 

@@ -8,10 +8,11 @@ was left out; `roll_back` says after which step the attempt goes on. `step` coun
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_ext.errors import RunError
 
@@ -25,14 +26,22 @@ class MetricsWriter:
     def __init__(self, path: Path, attempt: int, from_step: int) -> None:
         _take(path)
         self._attempt = attempt
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         self.write("attempt", from_step, {})
 
     def write(self, kind: str, step: int, values: Record) -> None:
-        """Append one record and hand it to the operating system."""
+        """Append one record and hand it to the operating system; `OSError` where it is refused, and then nothing of it is left."""
         record = {"attempt": self._attempt, "kind": kind, "step": step, **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = (json.dumps(record) + "\n").encode()
+        before_bytes = os.fstat(self._file.fileno()).st_size
+        try:
+            written_bytes = self._file.write(line)
+            if written_bytes != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as refusal:
+            os.ftruncate(self._file.fileno(), before_bytes)
+            refusal.filename = self._file.name
+            raise
 
     def close(self) -> None:
         """Close the file."""
@@ -44,7 +53,10 @@ def _take(path: Path) -> None:
     if path.is_file():
         text = path.read_bytes()
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        aside.write_bytes(text if not text or text.endswith(b"\n") else text + b"\n")
+        with aside.open("wb") as file:
+            file.write(text if not text or text.endswith(b"\n") else text + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
 
 

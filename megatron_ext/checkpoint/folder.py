@@ -90,9 +90,9 @@ def _rename(path: Path, target: Path) -> None:
 
 
 def revoke(folder: Path, attempt: int) -> None:
-    """Take away what other attempts have staged: a stale owner can then publish nothing, and dead writers leave nothing."""
+    """Take away what older attempts have staged: a stale owner can then publish nothing, and dead writers leave nothing."""
     for path in folder.glob(".attempt-*") if folder.is_dir() else ():
-        if path != staging_path(folder, attempt):
+        if int(path.name.rpartition("-")[2]) < attempt:
             with contextlib.suppress(FileNotFoundError):  # another newer attempt took it at the same moment
                 _rename(path, folder / f".revoked-{uuid.uuid4().hex}")
     for path in folder.glob(".revoked-*"):
@@ -109,19 +109,24 @@ def set_aside_damaged(path: Path) -> Path:
 
 
 def routine_beyond(folder: Path, keep: int) -> list[int]:
-    """Iterations that may go: all but the pinned, the newest `keep` of the others, and the one that the tracker names."""
+    """Iterations that may go: all but the pinned, the newest `keep` of the others, the one that the tracker names, and damaged ones."""
     last = latest(folder)
-    routine = [i for i in published(folder) if not read_manifest(iteration_path(folder, i)).pinned]
+    routine = [i for i, manifest in manifests(folder, published(folder))[0].items() if not manifest.pinned]
     return [iteration for iteration in routine[:-keep] if iteration != last]
 
 
-def prune(folder: Path, keep: int, attempt: int) -> None:
-    """Delete the routine checkpoints beyond the newest `keep`: each unpublished by one rename, so half of it is never seen."""
+def prune(folder: Path, keep: int, attempt: int) -> str:
+    """Delete the routine checkpoints beyond the newest `keep`: each unpublished by one rename, so half of it is never seen.
+
+    One whose manifest cannot be read is kept; a warning names it.
+    """
     staging = staging_path(folder, attempt)
     for iteration in routine_beyond(folder, keep):
         staging.mkdir(exist_ok=True)
         _rename(iteration_path(folder, iteration), staging / f"discarded-{iteration}")
         shutil.rmtree(staging)
+    damaged = manifests(folder, published(folder))[1]
+    return f"kept, because damaged: {'; '.join(damaged)}" if damaged else ""
 
 
 def find(folder: Path, tokens: int | None, stage: str) -> tuple[Path, Manifest]:
@@ -133,20 +138,20 @@ def find(folder: Path, tokens: int | None, stage: str) -> tuple[Path, Manifest]:
         last = latest(folder)
         path = iteration_path(folder, iterations[-1] if last is None else last)
         return path, read_manifest(path)
-    manifests, damaged = _manifests(folder, iterations)
-    for iteration, manifest in manifests.items():
+    readable, damaged = manifests(folder, iterations)
+    for iteration, manifest in readable.items():
         if manifest.tokens == tokens:
             return iteration_path(folder, iteration), manifest
     if damaged:
         raise DamagedCheckpointError(f"{folder}: no whole checkpoint of '{stage}' at {tokens:,} tokens; damaged are: {'; '.join(damaged)}")
-    there = ", ".join(f"{m.tokens:,}" for m in manifests.values())
+    there = ", ".join(f"{m.tokens:,}" for m in readable.values())
     raise CheckpointError(
         f"{folder}: no checkpoint of '{stage}' at {tokens:,} tokens; there are {there}. "
         f"Name one of these, or pin the point (plan.pin_every_tokens) and train the stage again"
     )
 
 
-def _manifests(folder: Path, iterations: list[int]) -> tuple[dict[int, Manifest], list[str]]:
+def manifests(folder: Path, iterations: list[int]) -> tuple[dict[int, Manifest], list[str]]:
     """The manifests that can be read, and what is wrong with the others."""
     found, damaged = {}, []
     for iteration in iterations:

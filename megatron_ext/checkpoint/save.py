@@ -36,7 +36,8 @@ from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.provenance import Manifest, write_manifest
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.005, 0.5
-WRITTEN, OUTCOME = "written", "outcome"
+WRITTEN, OUTCOME, HEARD = "written", "outcome", "heard"
+HEARD_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Target:
     attempt: int
     manifest: Callable[[Digests], Manifest]  # from the digests of all files
     may_publish: Callable[[], None] = lambda: None  # raises where this writer has lost the right to the run folder
-    tidy: Callable[[], None] = lambda: None  # what rank 0 does after it has published, such as removing old checkpoints
+    tidy: Callable[[], str] = lambda: ""  # what rank 0 does after it has published, such as removing old ones; what to warn of
 
     @property
     def aside(self) -> Path:
@@ -67,9 +68,10 @@ class Save:
     """A save under way on this rank."""
 
     target: Target
-    planned: Planned
+    planned: Planned | None  # None: it could not even be planned, as `failure` says on every rank
     prefix: str
     started: float
+    failure: str = ""  # of this rank
     stall_seconds: float = 0.0  # how long training waited for `begin`
     seconds: float = 0.0  # from begin to publish, once finished
     warning: str = ""  # what went wrong after the publish
@@ -78,63 +80,85 @@ class Save:
     _writers_store: Any = field(default_factory=_own_store)
 
     def is_over(self) -> bool:
-        """Whether rank 0 has said how it ended; never waits."""
-        return bool(self._store.check([self.prefix + OUTCOME]))
+        """Whether it is known how it ended; never waits."""
+        return self.planned is None or bool(self._store.check([self.prefix + OUTCOME]))
 
     def finish(self) -> Path:
         """Wait for the end. The published folder; `CheckpointError` or `RunError`, the same on every rank, where there is none."""
         if self._thread is not None:
             self._thread.join()
+        if self.planned is None:
+            raise CheckpointError(self.failure)
         outcome = json.loads(_wait(self._store, self.prefix + OUTCOME))
         self.seconds = time.perf_counter() - self.started
         self.warning = outcome.get("warning", "")
         if outcome["error"]:
+            self._hear_all()
             kind = next((kind for kind in _family(MegatronExtError) if kind.__name__ == outcome["kind"]), CheckpointError)
             raise kind(outcome["error"])
         return folders.iteration_path(self.target.checkpoints, self.target.iteration)
 
-    def run(self) -> None:
-        """Write this rank's part, tell the others, and on rank 0 publish. Failures go to the store, never past it."""
-        failure = ""
-        try:
-            told = self.planned.write().to_json()
-        except (OSError, RuntimeError, CheckpointException) as error:  # torch's writers turn an OSError into a RuntimeError
-            told, failure = "", str(first_failure(error))
-        store = self._writers_store
-        store.set(f"{self.prefix}{WRITTEN}/{dist.get_rank()}", json.dumps({"failure": failure, "written": told}))
+    def _hear_all(self) -> None:
+        """Let no rank miss why: rank 0, which keeps the store, may be about to end."""
+        self._store.set(f"{self.prefix}{HEARD}/{dist.get_rank()}", "")
         if dist.get_rank() == 0:
-            store.set(self.prefix + OUTCOME, json.dumps(self._publish(store)))
+            deadline = time.monotonic() + HEARD_SECONDS
+            keys = [f"{self.prefix}{HEARD}/{rank}" for rank in range(dist.get_world_size())]
+            while not self._store.check(keys) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
 
-    def _publish(self, store: Any) -> dict[str, str]:
+    def run(self, buffers: Buffers | None) -> None:
+        """Copy, if there are buffers, and go on in a thread; else write here."""
+        assert self.planned is not None
+        if buffers is None:
+            self._write()
+            return
         try:
-            _publish(self.target, self.planned, _gather(store, self.prefix))
-        except (OSError, RuntimeError) as error:
-            return _told(_cause(self.target, error))
+            self.planned.copy(buffers)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+            self.failure = _line(error)
+        self._thread = threading.Thread(target=self._write, name=f"save {self.target.iteration}")
+        self._thread.start()
+
+    def _write(self) -> None:
+        """Write this rank's part, tell the others, and on rank 0 publish. Failures go to the store, never past it."""
+        assert self.planned is not None
+        told = ""
         try:
-            self.target.tidy()
+            told = "" if self.failure else self.planned.write().to_json()
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - torch's own is no Exception; the others must hear of any
+            self.failure = _line(first_failure(error))
+        store = self._writers_store
+        store.set(f"{self.prefix}{WRITTEN}/{dist.get_rank()}", json.dumps({"failure": self.failure, "written": told}))
+        if dist.get_rank() == 0:
+            store.set(self.prefix + OUTCOME, json.dumps(self._publish(self.planned, store)))
+
+    def _publish(self, planned: Planned, store: Any) -> dict[str, str]:
+        try:
+            _publish(self.target, planned, _gather(store, self.prefix))
+        except Exception as error:  # noqa: BLE001 - whatever it is, every rank must hear of it
+            cause = _cause(self.target, error)
+            return {"kind": type(cause).__name__, "error": str(cause)}
+        try:
+            return {"error": "", "warning": self.target.tidy()}
         except (OSError, MegatronExtError) as error:
             return {"error": "", "warning": f"{self.target.checkpoints}: old checkpoints could not be removed: {error}"}
-        return {"error": ""}
 
 
 def begin_save(state_dict: dict[str, Any], target: Target, buffers: Buffers | None = None) -> Save:
     """Start a save on all ranks (collective); with `buffers` it goes on in a thread, from a copy of the state in them.
 
     The buffers (empty at first) are kept for the next save, and belong to this one until it is finished.
-    One save at a time: finish one before the next begins. Raises `CheckpointError` where the state cannot be planned.
+    One save at a time: finish one before the next begins. What goes wrong is said by `finish`.
     """
-    started = time.perf_counter()
+    started, failure, planned = time.perf_counter(), "", None
     try:
-        planned = plan_write(state_dict, target.aside, buffers)
-    except CheckpointException as error:
-        raise CheckpointError(f"{target.aside}: could not be planned: {first_failure(error)}") from error
-    prefix = f"save/{target.checkpoints}/{target.iteration}/{_number()}/"
-    save = Save(target, planned, prefix, started)
-    if buffers is not None:
-        save._thread = threading.Thread(target=save.run, name=f"save {target.iteration}")
-        save._thread.start()
-    else:
-        save.run()
+        planned = plan_write(state_dict, target.aside)
+    except CheckpointException as error:  # torch tells it to every rank
+        failure = f"{target.aside}: could not be begun: {_line(first_failure(error))}; the last published checkpoint stands"
+    save = Save(target, planned, f"save/{target.checkpoints}/{target.iteration}/{_number()}/", started, failure)
+    if planned is not None:
+        save.run(buffers)
     save.stall_seconds = time.perf_counter() - started
     return save
 
@@ -173,10 +197,6 @@ def _publish(target: Target, planned: Planned, ranks: list[Written]) -> None:
     _sync(target.checkpoints)
 
 
-def _told(error: MegatronExtError) -> dict[str, str]:
-    return {"kind": type(error).__name__, "error": str(error)}
-
-
 def _cause(target: Target, error: Exception) -> MegatronExtError:
     """Why nothing was published. What was written of it is deleted, all ranks having ended theirs."""
     if isinstance(error, MegatronExtError):
@@ -188,9 +208,14 @@ def _cause(target: Target, error: Exception) -> MegatronExtError:
     with contextlib.suppress(OSError):
         shutil.rmtree(folders.staging_path(target.checkpoints, target.attempt))
     return CheckpointError(
-        f"{target.aside}: could not be written: {error}; make room on its disk, if that is full, and start the stage again: "
+        f"{target.aside}: could not be written: {_line(error)}; make room on its disk, if that is full, and start the stage again: "
         f"the last published checkpoint stands"
     )
+
+
+def _line(error: BaseException) -> str:
+    """An error in a message: in the system's words where it is the system's, else with its name."""
+    return str(error) if isinstance(error, OSError | MegatronExtError) else f"{type(error).__name__}: {error}"
 
 
 def _wait(store: Any, key: str) -> str:

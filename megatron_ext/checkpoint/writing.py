@@ -8,6 +8,7 @@ processes for each save, which costs seconds.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -65,10 +66,6 @@ class Written:
         return cls({name: (size_bytes, sha256) for name, (size_bytes, sha256) in values["digests"].items()}, results)
 
 
-def _index(name: str, offset: list[int] | None, index: int | None) -> MetadataIndex:
-    return MetadataIndex(name, None if offset is None else torch.Size(offset), index)
-
-
 Buffers = dict[MetadataIndex, torch.Tensor]  # memory of earlier copies, to be used again: fresh memory is several times slower
 
 
@@ -122,6 +119,11 @@ class Planned:
     common: dict[str, Any]
     metadata: Metadata | None  # on rank 0
 
+    def copy(self, buffers: Buffers) -> None:
+        """Copy all of this rank's part into `buffers` (and what is not sharded); what trains on may then change."""
+        self.planner.copy_data(self.plan, buffers)
+        self.common = copy.deepcopy(self.common)
+
     def write(self) -> Written:
         """Write this rank's files (on rank 0 also what is not sharded) and force them to the disk."""
         writer = _HashingWriter(self.aside)
@@ -141,10 +143,10 @@ class Planned:
         return {name: digest for digests in (*(one.digests for one in ranks), writer.fs.digests) for name, digest in digests.items()}
 
 
-def plan_write(state_dict: dict[str, Any], aside: Path, buffers: Buffers | None) -> Planned:
+def plan_write(state_dict: dict[str, Any], aside: Path) -> Planned:
     """Plan a checkpoint with all ranks (collective): who writes what, checked for gaps and overlaps; rank 0 makes `aside`.
 
-    With `buffers`, all of this rank's part is copied into them first; else it must not change before it is written.
+    The state must not change before it is written, or copied.
     """
     sharded, common = save_preprocess(state_dict, True)
     renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
@@ -166,8 +168,6 @@ def plan_write(state_dict: dict[str, Any], aside: Path, buffers: Buffers | None)
         return _HashingWriter(aside).prepare_global_plan(plans)
 
     plan = planner.finish_plan(_DistWrapper(None, True, 0).reduce_scatter("plan", local, whole))
-    if buffers is not None:
-        planner.copy_data(plan, buffers)
     return Planned(aside, planner, plan, common, made[0] if made else None)
 
 
@@ -177,7 +177,8 @@ class _HashingWriter(FileSystemWriter):
     fs: HashingFileSystem
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, sync_files=True)
+        # Nothing is read ahead: all tensors are in memory, and torch's way of reading ahead asks the thread's GPU, which is the first.
+        super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)
         self.fs = HashingFileSystem()
 
 

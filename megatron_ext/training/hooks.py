@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from megatron_ext.attempts import Attempt
 from megatron_ext.distributed import Groups
+from megatron_ext.errors import RunError
 from megatron_ext.metrics import MetricsWriter
 from megatron_ext.runs import Run
 from megatron_ext.training.state import Progress, TrainState
@@ -89,14 +91,14 @@ class MetricsHook(Hook):
     def start(self, context: Context) -> None:
         """Open the file and mark where this attempt begins."""
         if context.groups.rank == 0:
+            context.attempt.check_owner()
             self._writer = MetricsWriter(context.run.metrics_path, context.attempt.number, context.progress.step)
 
     def step(self, context: Context, metrics: Record) -> None:
         """One `train` record every `log_every_steps`, and one at each joint: the first step and the last."""
         step, stage = context.progress.step, context.run.stage
-        if self._writer and (step in (1, stage.budget.steps) or step % stage.plan.log_every_steps == 0):
-            context.attempt.check_owner()
-            self._writer.write("train", context.progress.step, metrics)
+        if step in (1, stage.budget.steps) or step % stage.plan.log_every_steps == 0:
+            self._write(context, "train", step, metrics)
 
     def skip(self, context: Context, found: Record) -> None:
         """One `skip` record."""
@@ -110,27 +112,33 @@ class MetricsHook(Hook):
         """One `roll_back` record; what was recorded after its step is done again."""
         self._write(context, "roll_back", context.progress.step, found)
 
-    def _write(self, context: Context, kind: str, step: int, values: Record) -> None:
-        if self._writer:
-            context.attempt.check_owner()
-            self._writer.write(kind, step, values)
-
     def validation(self, context: Context, records: list[Record]) -> None:
         """One `validation` record a source."""
-        for record in records if self._writer else ():
-            assert self._writer is not None
-            self._writer.write("validation", context.progress.step, record)
+        for record in records:
+            self._write(context, "validation", context.progress.step, record)
 
-    def checkpoint(self, context: Context, saved: Saved) -> None:  # noqa: ARG002
+    def checkpoint(self, context: Context, saved: Saved) -> None:
         """One `checkpoint` record, or `failed_save`."""
-        if self._writer is None:
-            return
         took = {"seconds": saved.seconds, "stall_seconds": saved.stall_seconds}
         if saved.path is None:
-            self._writer.write("failed_save", saved.progress.step, {**took, "problem": saved.problem})
+            self._write(context, "failed_save", saved.progress.step, {**took, "problem": saved.problem})
+        elif self._writer:
+            size_bytes = sum(p.stat().st_size for p in saved.path.iterdir())
+            self._write(context, "checkpoint", saved.progress.step, {"path": saved.path.name, "bytes": size_bytes, **took})
+
+    def _write(self, context: Context, kind: str, step: int, values: Record) -> None:
+        """Append a record on rank 0. A full disk is treated as at a save: it stops the stage, or the record is lost, and said to be."""
+        if self._writer is None:
             return
-        size_bytes = sum(p.stat().st_size for p in saved.path.iterdir())
-        self._writer.write("checkpoint", saved.progress.step, {"path": saved.path.name, "bytes": size_bytes, **took})
+        context.attempt.check_owner()
+        try:
+            self._writer.write(kind, step, values)
+        except OSError as refusal:
+            if context.run.stage.plan.on_failed_save == "stop":
+                raise RunError(
+                    f"{refusal}; make room on its disk and start the stage again: the last published checkpoint stands"
+                ) from None
+            say(f"step {step}: WARNING: a record '{kind}' is lost: {refusal}")
 
     def end(self, context: Context) -> None:  # noqa: ARG002
         """Close the file."""
@@ -172,7 +180,13 @@ class LogHook(Hook):
 
     def _say(self, context: Context, text: str) -> None:
         if context.groups.rank == 0:
-            print(f"step {context.progress.step}, {context.progress.tokens:,} tokens: {text}", flush=True)
+            say(f"step {context.progress.step}, {context.progress.tokens:,} tokens: {text}")
+
+
+def say(text: str) -> None:
+    """A line of the log; one that the disk refuses stops no training."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def _reason(found: Record) -> str:

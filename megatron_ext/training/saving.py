@@ -75,15 +75,15 @@ class Saver:
             return Saved(progress, None, save.seconds, save.stall_seconds, f"{error}. Training goes on (plan.on_failed_save=go_on)")
         return Saved(progress, path, save.seconds, save.stall_seconds, save.warning)
 
-    def close(self) -> None:
-        """Let a save that is under way end, whatever stopped the training; its failure is printed and hides no other."""
+    def close(self) -> Saved | None:
+        """How a save ended that was under way when training stopped, whatever stopped it."""
         if self._under_way is None:
-            return
+            return None
         (save, progress), self._under_way = self._under_way, None
         try:
-            print(f"step {progress.step}: published {save.finish().name}", flush=True)
+            return Saved(progress, save.finish(), save.seconds, save.stall_seconds, save.warning)
         except MegatronExtError as error:
-            print(f"step {progress.step}: {error}", flush=True)
+            return Saved(progress, None, save.seconds, save.stall_seconds, str(error))
 
     def _manifest(self, progress: Progress, rate: float, layout: str, pinned: bool, guard: GuardState, files: Digests) -> Manifest:
         stage = self.run.stage

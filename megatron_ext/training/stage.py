@@ -144,15 +144,20 @@ def _recording_end(attempt: Attempt, rank: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        text = traceback.format_exc()
-        print(text, file=sys.stderr)
-        (attempt.path / f"rank_{rank:05d}.error.txt").write_text(text, encoding="utf-8")
-        if rank == 0:
-            reason = "stopped" if isinstance(error, MegatronExtError) else "failed"
-            attempt.finish(reason, error=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # a full disk must not hide what stopped the training
+            _record_failure(attempt, rank, error)
         raise
     if rank == 0:
         attempt.finish("done")
+
+
+def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
+    text = traceback.format_exc()
+    print(text, file=sys.stderr)
+    (attempt.path / f"rank_{rank:05d}.error.txt").write_text(text, encoding="utf-8")
+    if rank == 0:
+        reason = "stopped" if isinstance(error, MegatronExtError) else "failed"
+        attempt.finish(reason, error=f"{type(error).__name__}: {error}")
 
 
 def _write_provenance(run: Run, groups: Groups) -> None:

@@ -142,10 +142,8 @@ def _check_layout(run: Run, path: Path, manifest: Manifest) -> None:
         )
     changed = [f"{key} {manifest.plan[key]} -> {plan[key]}" for key in LAYOUT_KEYS if manifest.plan[key] != plan[key]]
     if manifest.optimizer_layout == "dp_reshardable" and changed:
-        others = [
-            i for i in folders.published(path.parent)
-            if read_manifest(folders.iteration_path(path.parent, i)).optimizer_layout == "fully_reshardable"
-        ]  # fmt: skip
+        readable, _ = folders.manifests(path.parent, folders.published(path.parent))
+        others = [i for i, one in readable.items() if one.optimizer_layout == "fully_reshardable"]
         raise CheckpointError(
             f"{path}: a routine checkpoint loads under other data-parallel sizes only, but the plan changed {', '.join(changed)}; "
             f"go back to the old plan, or to a pinned checkpoint: {[f'iter_{i:07d}' for i in others] or 'there is none'}"

@@ -19,9 +19,9 @@ from megatron_ext.config.schedule import learning_rate
 from megatron_ext.data.loader import HeldOut, Loader, heldouts
 from megatron_ext.data.prepare import Prepared, open_prepared, prepare
 from megatron_ext.distributed import Groups
-from megatron_ext.errors import TrainingError
+from megatron_ext.errors import MegatronExtError, TrainingError
 from megatron_ext.runs import Run
-from megatron_ext.training.hooks import Context, Hook, Hooks
+from megatron_ext.training.hooks import Context, Hook, Hooks, say
 from megatron_ext.training.recovery import Recovery, guard_of
 from megatron_ext.training.saving import Saver
 from megatron_ext.training.start import Began, begin
@@ -37,8 +37,10 @@ def train(run: Run, groups: Groups, attempt: Attempt, hooks: Iterable[Hook]) -> 
     prepared = _prepare_once(run, groups, attempt)
     began = begin(run, groups, attempt, prepared)
     loop = _Loop(run, groups, attempt, prepared, began, Hooks(hooks))
-    with contextlib.closing(loop.saver):
+    try:
         return _train(loop)
+    finally:
+        loop.close()
 
 
 def _train(loop: _Loop) -> Progress:
@@ -66,6 +68,7 @@ def _train(loop: _Loop) -> Progress:
             loop.save(progress, rate)
         loop.settle(progress, wait=not stage.plan.asynchronous_saves)
     loop.settle(progress, wait=True)
+    dist.barrier()  # rank 0 keeps the store from which the others hear that the last save was published
     loop.event("end", progress)
     return progress
 
@@ -188,10 +191,20 @@ class _Loop:
         if saved is not None:
             self.event("checkpoint", progress, saved)
 
+    def close(self) -> None:
+        """Let a save end that is under way, and say how; no failure of it hides what stopped the training."""
+        saved = self.saver.close()
+        try:
+            if saved is not None:
+                self.event("checkpoint", saved.progress, saved)
+        except MegatronExtError as error:
+            say(f"step {saved.progress.step}: {error}" if saved else str(error))
+
 
 def _prepare_once(run: Run, groups: Groups, attempt: Attempt) -> Prepared:
     """Rank 0 builds what is missing, then every rank opens it."""
     if groups.rank == 0:
+        attempt.check_owner()
         folders.revoke(run.checkpoints_path, attempt.number)
         prepare(run)
     dist.barrier()

@@ -18,6 +18,7 @@ from tests import layouts, ranks, training_runs
 from tests.small_corpus import train_run, write_corpus
 
 CPU, TWO = (replace(plan, micro_batch=4) for plan in (layouts.CPU, layouts.TWO))
+PLAIN = replace(CPU, distributed_optimizer=False)  # its step counts lie in common.pt
 STEPS, EVERY = 6, 2
 
 
@@ -32,11 +33,14 @@ def new_run(corpus: Run, name: str, plan: TrainPlan, beside: bool) -> Run:
 
 
 def data_digests(run: Run) -> dict[str, Any]:
-    """Digests of every data file of every checkpoint."""
-    found = {}
+    """Digests of every data file of every checkpoint, and what stands in its common.pt."""
+    from megatron_ext.checkpoint.safe_reading import read_common
+
+    found: dict[str, Any] = {}
     for iteration in folders.published(run.checkpoints_path):
-        files = verify(folders.iteration_path(run.checkpoints_path, iteration)).files
-        found.update({f"{iteration}/{name}": digest for name, digest in files.items() if name.endswith(".distcp")})
+        path = folders.iteration_path(run.checkpoints_path, iteration)
+        found.update({f"{iteration}/{name}": digest for name, digest in verify(path).files.items() if name.endswith(".distcp")})
+        found[f"{iteration}/common"] = str(read_common(path))
     return found
 
 
@@ -53,7 +57,7 @@ def test_an_asynchronous_save_writes_what_a_synchronous_one_does(corpus, plan):
 def late(groups: Any, path: str, copy: bool) -> dict[str, Any]:
     """Train; no save writes before training has taken another step after its begin (or has ended). What was seen at each step's end."""
     from megatron_ext.attempts import begin_attempt
-    from megatron_ext.checkpoint import save, writing
+    from megatron_ext.checkpoint import writing
     from megatron_ext.distributed import broadcast_object
     from megatron_ext.runs import open_run
     from megatron_ext.training import trainer
@@ -62,7 +66,7 @@ def late(groups: Any, path: str, copy: bool) -> dict[str, Any]:
     run = open_run(Path(path))
     attempt = broadcast_object(begin_attempt(run) if groups.rank == 0 else None)
     may_write, seen = threading.Event(), {"steps": [], "saved": []}
-    true_write, true_plan, true_settle = writing.Planned.write, save.plan_write, trainer._Loop.settle
+    true_write, true_settle = writing.Planned.write, trainer._Loop.settle
 
     def write(planned: Any) -> Any:
         assert may_write.wait(60)
@@ -77,7 +81,7 @@ def late(groups: Any, path: str, copy: bool) -> dict[str, Any]:
 
     writing.Planned.write, trainer._Loop.settle = write, settle
     if not copy:
-        save.plan_write = lambda state, aside, _: true_plan(state, aside, None)
+        writing.Planned.copy = lambda *_: None
 
     class Watch(Hook):
         def step(self, context: Any, metrics: Any) -> None:
@@ -91,26 +95,29 @@ def late(groups: Any, path: str, copy: bool) -> dict[str, Any]:
     return seen
 
 
-def test_it_says_saved_only_after_the_publish(corpus):
-    run = new_run(corpus, "late", CPU, beside=True)
-    seen = ranks.run(late, CPU, str(run.path), True)[0]
+@pytest.mark.parametrize("plan", [CPU, PLAIN], ids=["distributed optimizer", "plain optimizer"])
+def test_it_says_saved_only_after_the_publish(corpus, plan):
+    run = new_run(corpus, f"late {plan.distributed_optimizer}", plan, beside=True)
+    seen = ranks.run(late, plan, str(run.path), True)[0]
     # each write was held back until the next save was due: training went on, and neither tracker nor hook spoke of it before
     assert seen["steps"] == [(1, None), (2, None), (3, None), (4, None), (5, 2), (6, 2)]
     assert seen["saved"] == [(4, 2, 2), (6, 4, 4), (6, 6, 6)]
-    assert data_digests(run) == data_digests(open_synchronous(corpus))
+    assert data_digests(run) == data_digests(open_synchronous(corpus, plan))
 
 
-def test_a_save_without_its_copy_is_noticed(corpus):
-    run = new_run(corpus, "no copy", CPU, beside=True)
-    ranks.run(late, CPU, str(run.path), False)
-    wrong, right = data_digests(run), data_digests(open_synchronous(corpus))
+@pytest.mark.parametrize("plan", [CPU, PLAIN], ids=["distributed optimizer", "plain optimizer"])
+def test_a_save_without_its_copy_is_noticed(corpus, plan):
+    run = new_run(corpus, f"no copy {plan.distributed_optimizer}", plan, beside=True)
+    ranks.run(late, plan, str(run.path), False)
+    wrong, right = data_digests(run), data_digests(open_synchronous(corpus, plan))
     assert wrong.keys() == right.keys()
     assert wrong["2/__0_0.distcp"] != right["2/__0_0.distcp"]
+    assert (wrong["2/common"] == right["2/common"]) == plan.distributed_optimizer
 
 
-def open_synchronous(corpus: Run) -> Run:
+def open_synchronous(corpus: Run, plan: TrainPlan = CPU) -> Run:
     """The run of one rank that saved synchronously; trained once."""
-    run = new_run(corpus, "False 1", CPU, beside=False)
+    run = new_run(corpus, "False 1" if plan == CPU else "False plain", plan, beside=False)
     if not folders.published(run.checkpoints_path):
         training_runs.trace(run)
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -35,12 +36,13 @@ def train_counting(groups: Any, path: str, kill_at: int) -> dict[str, Any]:
     """Train; die at the `kill_at`-th thing that is done to a file of the checkpoints (0: never). How many were done."""
     from megatron_ext.checkpoint import hashing
 
-    done = [0]
+    numbers, done = itertools.count(1), [0]  # each number is drawn once, whichever thread draws it
 
-    def count() -> None:
-        done[0] += 1
+    def count() -> int:
+        done[0] = next(numbers)
         if done[0] == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        return done[0]
 
     def audit(event: str, arguments: Any) -> None:
         writes = event != "open" or (isinstance(arguments[1], str) and arguments[1][:1] in "wa")
@@ -50,9 +52,9 @@ def train_counting(groups: Any, path: str, kill_at: int) -> dict[str, Any]:
     true_write, true_sync = hashing.HashingStream.write, os.fsync
 
     def write(stream: Any, data: Any) -> int:
-        count()
-        if done[0] + 1 == kill_at:  # in the middle of a write
+        if count() + 1 == kill_at:  # in the middle of a write
             true_write(stream, memoryview(data)[: memoryview(data).nbytes // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
         return true_write(stream, data)
 
     def sync(descriptor: int) -> None:

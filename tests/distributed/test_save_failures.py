@@ -209,6 +209,43 @@ def test_a_refused_asynchronous_save_stops_every_rank(corpus, straight):
     assert not list(run.checkpoints_path.glob(".*"))
 
 
+def train_into(groups: Any, path: str, what: str) -> Any:
+    """Train with a save at `AT` that fails of something else than its disk, on the last rank or at its very begin."""
+    from megatron_ext.checkpoint import writing
+
+    def fail(true: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
+        def failing(first: Any, *more: Any, **options: Any) -> Any:
+            if f"iter_{AT:07d}" in str(getattr(first, "aside", first)):
+                raise error
+            return true(first, *more, **options)
+
+        return failing
+
+    if what == "begin" and groups.rank == 0:
+        writing.shutil.rmtree = fail(writing.shutil.rmtree, OSError(28, "No space left on device"))
+    elif what in ("write", "copy") and groups.rank == groups.plan.num_ranks - 1:
+        setattr(writing.Planned, what, fail(getattr(writing.Planned, what), MemoryError("no more")))
+    try:
+        return training_runs._train(groups, path, None, "")
+    except CheckpointError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("plan", "what", "said"), [
+    (TWO, "write", r"MemoryError: no more \(rank 1\)"),
+    (BESIDE, "copy", r"MemoryError: no more \(rank 1\)"),
+    (TWO, "begin", r"could not be begun: \[Errno 28\] No space left on device"),
+])  # fmt: skip
+def test_whatever_fails_on_one_rank_every_rank_hears_of_it(corpus, straight, plan, what, said):
+    run = new_run(corpus, f"fails {what}", plan)
+    assert all(re.search(rf"iter_0000004: .*{said}", one) for one in ranks.run(train_into, plan, str(run.path), what))
+    goes_on = new_run(corpus, f"goes on after {what}", replace(plan, on_failed_save="go_on"))
+    found = ranks.run(train_into, goes_on.stage.plan, str(goes_on.path), what)
+    assert found[0]["steps"] == straight[TWO]["steps"]
+    assert re.search(said, read_metrics(goes_on.metrics_path, "failed_save")[0]["problem"])
+    assert folders.published(goes_on.checkpoints_path) == [2, 6]
+
+
 def test_the_last_save_must_succeed(corpus):
     run = new_run(corpus, "last refused", replace(TWO, on_failed_save="go_on"))
     said = ranks.run(train_into_refusal, run.stage.plan, str(run.path), 100_000, STEPS)

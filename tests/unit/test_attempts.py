@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -113,24 +115,73 @@ def elsewhere(run: Run, **changes: object) -> Attempt:
     return Attempt(1, folder)
 
 
-def test_an_owner_elsewhere_lives_while_it_beats(run: Run) -> None:
+@contextlib.contextmanager
+def beating(attempt: Attempt):
+    """Another host's heart."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.01):
+            (attempt.path / "heartbeat").touch()
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.fixture
+def short_waits(monkeypatch):
+    monkeypatch.setattr(attempts, "WAIT_SECONDS", 0.02)
+
+
+def test_an_owner_elsewhere_lives_while_it_beats(run: Run, short_waits, capsys) -> None:
     other = elsewhere(run)
-    with pytest.raises(RunError, match=r"attempt 1 \(pid 1 on far, begun then\) is at work"):
+    with beating(other), pytest.raises(RunError, match=r"attempt 1 \(pid 1 on far, begun then\) is at work"):
         begin_attempt(run)
+    assert "waiting up to 180 s to see whether attempt 1 (pid 1 on far, begun then) still lives" in capsys.readouterr().err
+
+
+def test_an_owner_elsewhere_that_is_silent_is_dead(run: Run) -> None:
+    other = elsewhere(run)
     silent = time.time() - attempts.LOST_SECONDS - 10
     os.utime(other.path / "heartbeat", (silent, silent))
     assert begin_attempt(run).number == 2
 
 
-def test_a_requeued_job_takes_its_folder_back(run: Run, monkeypatch) -> None:
-    elsewhere(run, job_id="77", restart_count=1)
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with pytest.raises(RunError, match=r"on far, job 77, begun then\) is at work"):  # the same start of the job, on another node
+def test_the_next_job_waits_for_one_that_was_just_killed(run: Run, short_waits, monkeypatch) -> None:
+    elsewhere(run)  # its heart beat a moment ago, and beats no more
+    monkeypatch.setattr(attempts, "LOST_SECONDS", 0.5)
+    assert begin_attempt(run).number == 2
+
+
+def test_who_begins_between_a_look_and_a_claim_is_seen(run: Run, monkeypatch) -> None:
+    true_look = attempts._refuse_beside_owner
+
+    def look(of: Run) -> None:
+        true_look(of)
+        monkeypatch.setattr(attempts, "_refuse_beside_owner", true_look)
+        assert begin_attempt(of).number == 1  # the other
+
+    monkeypatch.setattr(attempts, "_refuse_beside_owner", look)
+    with pytest.raises(RunError, match=r"attempt 1 .*is at work"):
         begin_attempt(run)
-    monkeypatch.setenv("SLURM_JOB_ID", "78")
-    with pytest.raises(RunError, match="is at work"):
-        begin_attempt(run)
+    assert attempt_numbers(run.path) == [1]
+
+
+def test_a_requeued_job_takes_its_folder_back(run: Run, short_waits, monkeypatch) -> None:
+    other = elsewhere(run, job_id="77", restart_count=1)
+    with beating(other):
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with pytest.raises(RunError, match=r"on far, job 77, begun then\) is at work"):  # the same start of the job, on another node
+            begin_attempt(run)
+        monkeypatch.setenv("SLURM_JOB_ID", "78")
+        with pytest.raises(RunError, match="is at work"):
+            begin_attempt(run)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert begin_attempt(run).number == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -165,6 +166,15 @@ def test_pinned_checkpoints_take_no_place_of_the_others(tmp_path):
     assert folders.published(tmp_path) == [1, 2, 3, 4]
 
 
+def test_a_damaged_manifest_does_not_end_pruning(tmp_path):
+    publish(tmp_path, 1, 2, 3, 4)
+    (folders.iteration_path(tmp_path, 1) / MANIFEST).write_text("{}")
+    warning = folders.prune(tmp_path, 1, 1)
+    assert folders.published(tmp_path) == [1, 4]
+    assert re.search(r"kept, because damaged: .*iter_0000001/manifest\.json", warning)
+    assert folders.prune(tmp_path / "none", 1, 1) == ""
+
+
 def test_pruning_keeps_what_the_tracker_names(tmp_path):
     publish(tmp_path, 1, 2, 3, 4)
     (tmp_path / folders.TRACKER).write_text("1\n")  # set back by hand
@@ -175,11 +185,11 @@ def test_pruning_keeps_what_the_tracker_names(tmp_path):
 
 def test_a_newer_attempt_takes_away_what_others_staged_and_nothing_else(tmp_path):
     publish(tmp_path, 2)
-    for attempt in (1, 2, 3):
+    for attempt in (1, 2, 3, 10):
         written(tmp_path, 4, attempt)
     (tmp_path / "notes.tmp").write_text("mine")
-    folders.revoke(tmp_path, 3)
-    assert names(tmp_path) == [".attempt-3", "iter_0000002", folders.TRACKER, "notes.tmp"]
+    folders.revoke(tmp_path, 3)  # the tenth is newer: whoever calls this lost the folder to it
+    assert names(tmp_path) == [".attempt-10", ".attempt-3", "iter_0000002", folders.TRACKER, "notes.tmp"]
 
 
 @pytest.mark.parametrize("cut_off", ["before its look", "after its look", "after its rename"])

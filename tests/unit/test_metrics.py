@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,20 @@ def test_a_broken_line_in_the_middle_is_refused_by_its_number(tmp_path: Path) ->
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(RunError, match=r"m:2: not JSON"):
         read_metrics(path)
+
+
+def test_a_refused_record_leaves_nothing_of_itself(tmp_path: Path) -> None:
+    """A bound on the size of files stands for a full disk: the first bytes of the record are taken, the rest are not."""
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path, 1, 0)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
+    try:
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            writer.write("train", 1, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    writer.write("train", 1, {"loss": 2.0})
+    assert [record["loss"] for record in read_metrics(path, "train")] == [2.0]
