@@ -39,6 +39,13 @@ class Meter:
         elif time.monotonic() - self._shown >= self._every_seconds and self.done != self.total:  # the last line is the block's end
             self._print_line()
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
     def _print_line(self) -> None:
         self._shown = time.monotonic()
         print(f"{self.title}: {self._facts()}", file=self._stream, flush=True)

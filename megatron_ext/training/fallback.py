@@ -18,7 +18,7 @@ from megatron_ext.checkpoint.verify import verify_shared
 from megatron_ext.distributed import Groups, broadcast_object
 from megatron_ext.errors import DamagedCheckpointError
 from megatron_ext.provenance import read_manifest
-from megatron_ext.runs import Run, atomic_write, write_json
+from megatron_ext.runs import Run, atomic_write, read_json, write_json
 
 FALL_BACK = "fallback.json"
 
@@ -99,5 +99,15 @@ def _fall_back(run: Run, groups: Groups, attempt: Attempt, path: Path, damaged: 
         atomic_write(run.checkpoints_path / folders.TRACKER, f"{read_manifest(path).iteration}\n")
         record = {"from": damaged[0].name if damaged else None, "to": path.name, "set_aside": aside, "reason": why}
         write_json(attempt.path / FALL_BACK, record)
-        print(f"WARNING: falling back to {path.name}: {why}" + (f"\nset aside: {', '.join(aside)}" if aside else ""), flush=True)
+        print(f"WARNING: {fall_back_words(attempt)}", flush=True)
     dist.barrier()
+
+
+def fall_back_words(attempt: Attempt) -> str:
+    """What an attempt fell back to and why; '' where it did not."""
+    path = attempt.path / FALL_BACK
+    if not path.is_file():
+        return ""
+    record = read_json(path, "how an attempt fell back")
+    aside = f" (kept as {', '.join(record['set_aside'])})" if record["set_aside"] else ""
+    return f"fell back to {record['to']}: {record['reason']}{aside}"

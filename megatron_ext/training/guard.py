@@ -100,7 +100,7 @@ def check_row(faults: Faults, state: GuardState, stage: str, step: int) -> None:
     if len(row) == faults.most_in_a_row:
         raise TrainingError(
             f"the batches of steps {row[0]} to {row[-1]} were left out (faults.most_in_a_row={faults.most_in_a_row}), and that of step "
-            f"{step} is no better: this is more than bad data. Look at the steps' documents, lower the learning rate, "
+            f"{step} is no better: this is more than bad data. Look at the steps' documents, launch with a lower rate into another --runs, "
             f"or branch from a checkpoint before step {row[0]}"
         )
 
@@ -117,7 +117,7 @@ def rolled_back(faults: Faults, now: GuardState, then: GuardState, step: int, fo
         raise TrainingError(
             f"the stage went back to the checkpoint of step {step} {len(marked) - 1} times (faults.most_roll_backs="
             f"{faults.most_roll_backs}) and steps {named} could not be trained on: leaving batches out does not help. "
-            f"Look at the steps' documents, lower the learning rate, or branch from an earlier checkpoint"
+            f"Look at the steps' documents, launch with a lower learning rate into another --runs, or branch from an earlier checkpoint"
         )
     return replace(then, marked=tuple(marked[one] for one in sorted(marked)))
 

@@ -1,4 +1,4 @@
-"""Five events of a training stage, and the hooks that watch them. Hooks never change the training.
+"""Eight events of a training stage, and the hooks that watch them. Hooks never change the training.
 
 | event      | when                                     | what it is given beside the context |
 |------------|------------------------------------------|-------------------------------------|
@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from megatron_ext.distributed import Groups
 from megatron_ext.errors import RunError
 from megatron_ext.metrics import MetricsWriter
 from megatron_ext.runs import Run
+from megatron_ext.training.fallback import fall_back_words
 from megatron_ext.training.state import Progress, TrainState
 
 Record = dict[str, Any]
@@ -147,11 +148,17 @@ class MetricsHook(Hook):
 
 
 class LogHook(Hook):
-    """Plain lines on rank 0's log: where the attempt began, held-out losses, what was published."""
+    """Plain lines on rank 0's log: where the attempt began, held-out losses, what was published. What is amiss also goes to `warn`."""
+
+    def __init__(self, warn: Callable[[str], None] = lambda _: None) -> None:
+        self._warn = warn
 
     def start(self, context: Context) -> None:
         """Say from where."""
         self._say(context, f"attempt {context.attempt.number} of stage '{context.run.name}' begins ({context.how})")
+        fallen = fall_back_words(context.attempt) if context.groups.rank == 0 else ""
+        if fallen:  # the log has it already
+            self._warn(f"{context.run.name}: WARNING: {fallen}")
 
     def skip(self, context: Context, found: Record) -> None:
         """Say that a batch was left out, and why."""
@@ -168,9 +175,7 @@ class LogHook(Hook):
     def checkpoint(self, context: Context, saved: Saved) -> None:
         """Say what was published, or why nothing was."""
         if saved.path is not None:
-            self._say(
-                context, f"published {saved.path.name} after {saved.seconds:.2f} s, of which training waited {saved.stall_seconds:.2f} s"
-            )
+            self._say(context, f"published {saved.path.name} after {saved.seconds:.2f} s; training waited {saved.stall_seconds:.2f} s")
         if saved.problem:
             self._say(context, f"WARNING: {saved.problem}")
 
@@ -181,6 +186,8 @@ class LogHook(Hook):
     def _say(self, context: Context, text: str) -> None:
         if context.groups.rank == 0:
             say(f"step {context.progress.step}, {context.progress.tokens:,} tokens: {text}")
+            if text.startswith("WARNING"):
+                self._warn(f"{context.run.name}, step {context.progress.step}: {text}")
 
 
 def say(text: str) -> None:

@@ -75,7 +75,7 @@ class Recovery:
         if again is None:
             raise TrainingError(
                 f"{self._what(result)}. The recipe says to roll back (faults), but the stage has published no checkpoint yet: "
-                f"start it again with a smaller plan.save_every_steps, or with faults that skip"
+                f"start it again with a smaller plan.save_every_steps, or launch with faults that skip into another --runs"
             )
         self.state = rolled_back(self.faults, self.state, guard_of(again), again.progress.step, found)
         return again.progress

@@ -40,7 +40,8 @@ def run_train(run: Run) -> None:
             if rank == 0:
                 _write_provenance(run, groups)
             summary = _Summary()
-            train(run, groups, attempt, [MetricsHook(), LogHook(), _ProgressHook(terminal), summary])
+            shown = _ProgressHook(terminal)
+            train(run, groups, attempt, [MetricsHook(), LogHook(shown.warn), shown, summary])
             if rank == 0:
                 attempt.check_owner()
                 seconds = round(time.perf_counter() - started, 2)
@@ -54,6 +55,13 @@ class _ProgressHook(Hook):
         self._terminal = terminal
         self._stack = contextlib.ExitStack()
         self._bar: Meter | None = None
+
+    def warn(self, text: str) -> None:
+        """A line above the bar."""
+        if self._bar:
+            self._bar.say(text)
+        else:
+            print(text, file=self._terminal, flush=True)
 
     def start(self, context: Context) -> None:
         """Open the bar at the tokens that are done."""

@@ -26,7 +26,7 @@ from megatron_ext.training.state import TrainState, apply_hyperparameters
 Batch = dict[str, torch.Tensor | None]
 STOPPED = (
     "the step was stopped before the weights moved, so the last checkpoint is good. "
-    "Look at the step's documents, lower the learning rate, or start again from the last checkpoint"
+    "Look at the step's documents, or launch with other faults or a lower learning rate into another --runs"
 )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from megatron_ext.runs import Run, write_run
 from tests import layouts, training_runs
 from tests.small_corpus import train_run, write_corpus
 
+ROOT = Path(__file__).resolve().parents[2]
 TWO = replace(layouts.TWO, micro_batch=4)
 STEPS, TOKENS_PER_STEP = 6, 128
 
@@ -151,3 +154,16 @@ def test_a_parent_begun_again_with_another_recipe_is_refused(corpus, interrupted
     write_run(parent.path, parent.graph, replace(parent.stage, seed=99), parent.inputs)
     with pytest.raises(AssertionError, match=re.escape("the parent was begun again with another recipe; delete")):
         training_runs.trace(run)
+
+
+def test_the_terminal_hears_of_it(interrupted):
+    """The whole command: what is amiss stands above the progress, not in the log alone."""
+    run, _ = copied(interrupted, "terminal")
+    flip(folders.iteration_path(run.checkpoints_path, 4) / "__1_0.distcp")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_ext", "train", str(run.path)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = r"killed: WARNING: fell back to iter_0000003: .*__1_0\.distcp.* \(kept as \.iter_0000004\.damaged\)"
+    assert re.search(words, done.stdout), done.stdout
+    assert re.search(words.removeprefix("killed: "), (run.path / "attempts" / "2" / "log.txt").read_text())
