@@ -51,12 +51,14 @@ def doctor(arguments: argparse.Namespace) -> None:
 
 def why(arguments: argparse.Namespace) -> None:
     """Compute a training step again, on the ranks of its run's plan."""
-    from megatron_ext.launch.ranks import become_ranks
-    from megatron_ext.training.recorded import find_step
+    from megatron_ext.launch.ranks import become_ranks, is_a_rank
+    from megatron_ext.training.recorded import find_step, training_run
 
-    recorded = find_step(arguments.run, arguments.step)
-    become_ranks(recorded.run, words=recorded.words(arguments.json))
-    importlib.import_module("megatron_ext.training.why").run_why(recorded, arguments.json)
+    run, step, as_json = training_run(arguments.run), arguments.step, arguments.json
+    if not is_a_rank():
+        find_step(run.path, step)  # what is refused starts no ranks; these let one of them look, for all
+    become_ranks(run, words=["why", str(run.path), "--step", str(step), *(["--json"] if as_json else [])])
+    importlib.import_module("megatron_ext.training.why").run_why(run, step, as_json)
 
 
 def work(arguments: argparse.Namespace) -> None:

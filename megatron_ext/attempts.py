@@ -34,6 +34,7 @@ from megatron_ext.runs import ATTEMPTS, Run, attempt_numbers, now, read_json, wr
 from megatron_ext.snapshot import code_hash
 
 RECORD, EXIT, HEARTBEAT = "plan.json", "exit.json", "heartbeat"
+FALLBACK = "fallback.json"  # where it went back to an older checkpoint than the newest: from which, to which, and why
 TAKE_OVER = "MEGATRON_EXT_TAKE_OVER"  # set to 1: begin although the owner seems to live
 BEAT_SECONDS = 15.0
 WAIT_SECONDS = 1.0

@@ -2,7 +2,7 @@
 
 RUN/recipe.json       what the stage is: science (immutable) and plan (may change per attempt)
 RUN/provenance.json   what it was made from and with
-RUN/attempts/N/       made by one atomic mkdir: plan.json, log.txt, exit.json
+RUN/attempts/N/       appears by one rename: plan.json, log.txt, exit.json
 RUN/metrics.jsonl     every line carries its attempt
 RUN/checkpoints/      training stages only
 RUN/DONE              written last; holds the science hash

@@ -1,19 +1,24 @@
 """Cleaning run folders: what dead writers left, checkpoints beyond the plan's number, optimizer state that nothing needs.
 
-A run with a live attempt is left alone, and so is one that a live child may be about to load from. What
+A run with a live attempt is left alone, and so is one that a live child may be about to load from. Of two
+gcs the second leaves a run alone: a gc owns what it cleans as an attempt owns its run, by a record of its own in
+`.gc`, for an attempt of the run would be shown as the run's state. A trainer that begins during an act loses nothing
+it needs: what its attempt stages did not exist when the act was chosen, its newest checkpoints and its joints
+are never touched, and at most its load of an older one fails with an error and succeeds at the next start. What
 may start from where is read from the recipes below the folder and beside each run: a point that a recipe
 names is not removed, and keeps its optimizer state where that recipe's start is a branch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_ext.attempts import live_attempt
+from megatron_ext.attempts import attempting, live_attempt
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.swap import REPLACED, finish_swaps, unfinished_swaps
 from megatron_ext.errors import CheckpointError, RunError
@@ -21,10 +26,11 @@ from megatron_ext.provenance import read_manifest
 from megatron_ext.runs import RECIPE, Run, open_run
 
 DEPTHS = ("", "*/", "*/*/")  # one run, a graph's folder, a folder of graphs
+CLAIM = ".gc"  # in a run folder: which gc cleans it, in the form of an attempt
 LEFT_OVER = {
     re.compile(r"\.(attempt-[0-9]+|revoked-.*|iter_.*\.tmp)"): "not published by an attempt that is dead",
     re.compile(r"\.iter_.*\.damaged"): "set aside as damaged when its run fell back to an older one",
-    re.compile(r"\.iter_.*\.(thinning|discarded)"): "left by a gc that was killed",
+    re.compile(r"\.iter_.*\.(thinning-.*|discarded)"): "left by a gc that was killed",
     re.compile(rf"\.iter_.*\{REPLACED}"): "replaced by its weights alone",
     re.compile(rf"\.{re.escape(folders.TRACKER)}\..*\.tmp"): "left by a writer that was killed",
 }
@@ -52,7 +58,7 @@ def gc_command(folder: Path, dry_run: bool, thin: bool = False) -> None:
     for run in runs:
         try:
             freed_bytes += _clean(run, starts.get(run.path, set()), dry_run, thin)
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, RunError, OSError) as error:
             failures.append(str(error))
     print(f"{freed_bytes:,} bytes {'would be freed; nothing was touched' if dry_run else 'freed'}")
     if failures:
@@ -61,17 +67,35 @@ def gc_command(folder: Path, dry_run: bool, thin: bool = False) -> None:
 
 def _clean(run: Run, starts: set[tuple[str, int | None]], dry_run: bool, thin: bool) -> int:
     """Clean one run, until somebody is at work on it; the bytes that were freed."""
-    freed_bytes, todo = 0, acts(run, starts, thin)
-    while not (busy := who_is_busy(run)):  # looked at before each act: one may take minutes
+    claim = replace(run, path=run.path / CLAIM)
+    other = live_attempt(claim.path)
+    if other is not None:
+        print(f"{run.path}: gc {other.describe()} is at work: left alone")
+        return 0
+    if not dry_run and next(_until_busy(run, starts, thin), None) is None:
+        return 0
+    freed_bytes = 0
+    with contextlib.nullcontext() if dry_run else attempting(claim):
+        for act in _until_busy(run, starts, thin):
+            print(f"{act.verb:6}  {act.freed_bytes:15,} bytes  {act.path}  ({act.why})", flush=True)
+            if not dry_run:
+                do(act, lambda: who_is_busy(run))
+            freed_bytes += act.freed_bytes
+    return freed_bytes
+
+
+def _until_busy(run: Run, starts: set[tuple[str, int | None]], thin: bool) -> Iterator[Act]:
+    """What is to be done in one run, up to where somebody is at work on it; who that is, is printed."""
+    todo = acts(run, starts, thin)
+    while not (busy := who_is_busy(run)):
         act = next(todo, None)
         if act is None:
-            return freed_bytes
-        print(f"{act.verb:6}  {act.freed_bytes:15,} bytes  {act.path}  ({act.why})", flush=True)
-        if not dry_run:
-            do(act)
-        freed_bytes += act.freed_bytes
+            return
+        busy = who_is_busy(run)  # after the look at the folder: whose things it saw began before
+        if busy:
+            break
+        yield act  # it may take minutes
     print(f"{run.path}: {busy}: left alone")
-    return freed_bytes
 
 
 def runs_below(folder: Path) -> list[Run]:
@@ -143,12 +167,12 @@ def _pinned(checkpoints: Path, joints: set[int | None]) -> Iterator[Act]:
             yield Act("thin", path, "pinned; no stage branches from it", thinnable_bytes(path))
 
 
-def do(act: Act) -> None:
-    """Carry out an act; half of a removed checkpoint is never seen as one."""
+def do(act: Act, who_is_busy: Callable[[], str] = lambda: "") -> None:
+    """Carry out an act; half of a removed checkpoint is never seen as one, and none is replaced while somebody is at work."""
     if act.verb == "thin":
         from megatron_ext.checkpoint.thin import thin  # loads torch
 
-        thin(act.path)
+        thin(act.path, who_is_busy)
     elif act.verb == "finish":
         finish_swaps(act.path.parent)
     elif act.verb == "remove" and act.path.is_dir() and not act.path.name.startswith("."):

@@ -12,7 +12,8 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,25 +37,28 @@ METADATA_FNAME = ".metadata"
 _OPTIMIZER = re.compile(r"(chained_[0-9]+\.)?optimizer(\.|$)")
 
 
-def thin(folder: Path) -> Manifest:
+def thin(folder: Path, who_is_busy: Callable[[], str] = lambda: "") -> Manifest:
     """Remove the optimizer state of a published checkpoint; its new manifest, or the old one where there is none left.
 
     Every file is read and checked first: what is damaged must not be given digests that fit
-    (`DamagedCheckpointError`). Nobody may be writing or reading the checkpoint.
+    (`DamagedCheckpointError`). Nobody may be writing or reading the checkpoint: `who_is_busy` names
+    whoever is, and is asked again when the copy is ready (`CheckpointError`, and the checkpoint stands).
     """
     finish_swaps(folder.parent)
     manifest = verify(folder)
     if manifest.optimizer_layout == "none":
         return manifest
-    aside = folder.with_name(f".{folder.name}.thinning")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = folder.with_name(f".{folder.name}.thinning-{uuid.uuid4().hex}")  # two at once do not write the same files
     aside.mkdir()
     try:
         _write(folder, aside, manifest)
+        if busy := who_is_busy():
+            raise CheckpointError(f"{folder}: {busy}: stands as it was; run gc again when that has ended")
+        swap_in(aside, folder)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"{aside}: could not be written: {error}; make room on its disk, if that is full: {folder} stands") from error
-    swap_in(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return read_manifest(folder)
 
 

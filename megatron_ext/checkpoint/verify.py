@@ -24,6 +24,7 @@ from megatron_ext.provenance import MANIFEST, Manifest, file_sha256, is_plain_na
 NEEDED = (".metadata", "common.pt", "metadata.json")  # what every load reads
 OTHER = "use another checkpoint of the run"
 BELOW = ("iter_*", "checkpoints/iter_*", "*/checkpoints/iter_*", "*/*/checkpoints/iter_*")  # a run, a graph's folder, a folder of graphs
+READY = ".thinned"  # ends the name of a whole replacement that waits to be put into place (checkpoint.swap)
 _ITERATION = re.compile(r"iter_([0-9]+)")
 
 
@@ -90,8 +91,8 @@ def verify_command(paths: list[Path], jobs: int) -> None:
     for folder in checkpoints:
         if not problems[folder]:
             print(f"{folder}: whole")
-    trackers = _tracker_problems(checkpoints)
-    lines = [text for found in problems.values() for text in sorted(problem.text for problem in found)] + trackers
+    beside = [line for parent in dict.fromkeys(path.parent for path in checkpoints) for line in _problems_beside(parent)]
+    lines = [text for found in problems.values() for text in sorted(problem.text for problem in found)] + beside
     if lines:
         bad = sum(bool(found) for found in problems.values())
         raise CheckpointError(f"{bad} of {len(checkpoints)} checkpoints are not whole:\n  " + "\n  ".join(lines))
@@ -195,14 +196,22 @@ def _renamed(folder: Path, manifest: Manifest) -> list[Problem]:
     return [Problem(f"{folder}: its manifest says iteration {manifest.iteration}: it was renamed, or copied over another; {OTHER}")]
 
 
-def _tracker_problems(checkpoints: list[Path]) -> list[str]:
-    """What is wrong with the trackers beside the checkpoints."""
-    lines = []
-    for folder in dict.fromkeys(path.parent for path in checkpoints):
-        try:
-            folders.latest(folder)
-        except CheckpointError as error:
-            lines.append(str(error))
+def replaced_by(ready: Path) -> Path:
+    """The checkpoint whose place a waiting replacement is to take."""
+    return ready.with_name(ready.name.removeprefix(".").removesuffix(READY))
+
+
+def _problems_beside(folder: Path) -> list[str]:
+    """What is wrong in a folder of checkpoints: with its tracker, and with a replacement that was stopped half way."""
+    lines = [
+        f"{replaced_by(ready)}: missing: a gc was killed while it put {ready.name} into its place; run `megatron-ext gc {folder.parent}`"
+        for ready in sorted(folder.glob(f".iter_*{READY}"))
+        if not replaced_by(ready).exists()
+    ]
+    try:
+        folders.latest(folder)
+    except CheckpointError as error:
+        lines.append(str(error))
     return lines
 
 

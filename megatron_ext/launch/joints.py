@@ -8,11 +8,10 @@ from pathlib import Path
 
 from megatron_ext.config.schedule import learning_rate
 from megatron_ext.config.stages import Branch, TrainStage, Weights
-from megatron_ext.errors import CheckpointError, RunError
+from megatron_ext.errors import CheckpointError, DamagedCheckpointError, RunError
 from megatron_ext.provenance import MANIFEST, Manifest, file_sha256, read_manifest
 from megatron_ext.runs import CHECKPOINTS, RECIPE, Run, open_run
-
-LATEST = "latest_checkpointed_iteration.txt"
+from megatron_ext.tracker import iteration_path, read_tracker
 
 
 @dataclass(frozen=True)
@@ -84,25 +83,16 @@ def parent_change(joint: Joint) -> str:
 
 
 def checkpoint_path(run_path: Path, iteration: int) -> Path:
-    """A checkpoint's folder, by Megatron's naming."""
-    return run_path / CHECKPOINTS / f"iter_{iteration:07d}"
-
-
-def published(run: Run) -> list[int]:
-    """Iterations of the checkpoints that have a manifest, ascending."""
-    names = [path.parent.name.removeprefix("iter_") for path in run.checkpoints_path.glob(f"iter_*/{MANIFEST}")]
-    return sorted(int(name) for name in names if name.isdigit())
+    """The folder of a run's checkpoint."""
+    return iteration_path(run_path / CHECKPOINTS, iteration)
 
 
 def latest_iteration(run: Run) -> int | None:
     """The checkpoint that a run's tracker names; None before the first, `RunError` where the tracker is broken."""
-    path = run.checkpoints_path / LATEST
-    if not path.is_file():
-        return None
-    text = path.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
-        raise RunError(f"{path}: holds {text[:40]!r}, not the number of a checkpoint; write the newest iter_ folder's number into it")
-    return int(text)
+    try:
+        return read_tracker(run.checkpoints_path)
+    except DamagedCheckpointError as problem:
+        raise RunError(str(problem)) from None
 
 
 def readable_manifest(run: Run, iteration: int) -> Manifest | None:

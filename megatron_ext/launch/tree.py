@@ -18,16 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.attempts import EXIT, FALLBACK, RECORD, Attempt, live_attempt
 from megatron_ext.config.stages import TrainStage
 from megatron_ext.errors import RunError
-from megatron_ext.launch.joints import joint_of, latest_iteration, parent_change, published, rate_words, readable_manifest
+from megatron_ext.launch.joints import joint_of, parent_change, rate_words, readable_manifest
 from megatron_ext.launch.verbs import attempt_codes
 from megatron_ext.metrics import read_metrics
 from megatron_ext.provenance import Manifest, read_corpus
 from megatron_ext.runs import ATTEMPTS, RECIPE, Run, attempt_numbers, open_run, read_done, read_json
 from megatron_ext.snapshot import code_words
+from megatron_ext.tracker import newest, published
 
-FALLBACK = "fallback.json"
 SHOWN = 100  # characters of a reason
 DEPTHS = ("", "*/", "*/*/")  # one run, a graph's folder, a folder of graphs
 
@@ -42,6 +43,7 @@ class Progress:
     loss: float | None = None
     iteration: int | None = None  # of the newest checkpoint
     manifest: Manifest | None = None  # of the newest checkpoint
+    damage: str = ""  # what is wrong with the tracker
 
 
 def find_runs(folder: Path) -> list[Run]:
@@ -136,14 +138,15 @@ def progress(run: Run) -> Progress:
     """State, tokens, last loss and newest checkpoint of a run."""
     records = read_metrics(run.metrics_path, "train")
     last: dict[str, Any] = records[-1] if records else {}
-    iteration = latest_iteration(run)
+    iteration, damage = newest(run.checkpoints_path)
     return Progress(
-        state=state(run),
+        state=state(run) + (", its tracker is damaged" if damage else ""),
         tokens=last.get("tokens") if run.stage.kind != "tokenize" else _corpus_tokens(run),
         lineage_tokens=last.get("lineage_tokens"),
         loss=last.get("loss"),
         iteration=iteration,
         manifest=None if iteration is None else readable_manifest(run, iteration),
+        damage=damage,
     )
 
 
@@ -164,22 +167,22 @@ def state(run: Run) -> str:
     numbers = attempt_numbers(run.path)
     if not numbers:
         return "not started"
-    folder = run.path / "attempts" / str(numbers[-1])
-    return f"attempt {numbers[-1]}: {_end(folder)}"
+    return f"attempt {numbers[-1]}: {_end(run, Attempt(numbers[-1], run.path / ATTEMPTS / str(numbers[-1])))}"
 
 
-def _end(attempt: Path) -> str:
-    if (attempt / "exit.json").is_file():
-        values = read_json(attempt / "exit.json", "how an attempt ended")
+def _end(run: Run, attempt: Attempt) -> str:
+    if (attempt.path / EXIT).is_file():
+        values = read_json(attempt.path / EXIT, "how an attempt ended")
         error = _first_line(values.get("error", ""))
         return f"{values['reason']}: {error}" if error else str(values["reason"])
-    if not (attempt / "plan.json").is_file():
+    if not (attempt.path / RECORD).is_file():
         return "begun"
-    values = read_json(attempt / "plan.json", "how an attempt began")
-    if values["host"] != os.uname().nodename:
-        return f"running or lost, on {values['host']}"
-    alive = Path(f"/proc/{values['pid']}").exists()
-    return f"running, pid {values['pid']}" if alive else "killed (no word of its end)"
+    host = attempt.record["host"]
+    where = f"pid {attempt.record['pid']}" + ("" if host == os.uname().nodename else f" on {host}")
+    try:
+        return f"running, {where}" if live_attempt(run.path) else "killed (no word of its end)"
+    except OSError:  # a heartbeat is timed by a file beside it, which who may only read cannot make
+        return f"running or killed, {where}"
 
 
 def _cells(run: Run, done: Progress) -> list[str]:
@@ -211,9 +214,9 @@ def _start(run: Run, manifest: Manifest | None) -> str:
 
 
 def notes(run: Run, done: Progress) -> list[str]:
-    """What a run's row has no room for: pinned and thinned checkpoints, other code, fall-backs, a parent that changed."""
+    """What a run's row has no room for: a damaged tracker, pinned and thinned checkpoints, codes, fall-backs, a parent that changed."""
     joint = joint_of(run, done.manifest)
-    lines = [_kept_words(run), code_words(attempt_codes(run)), *fallbacks(run), parent_change(joint) if joint else ""]
+    lines = [done.damage, _kept_words(run), code_words(attempt_codes(run)), *fallbacks(run), parent_change(joint) if joint else ""]
     return [line for line in lines if line]
 
 
@@ -221,7 +224,7 @@ def _kept_words(run: Run) -> str:
     """Pinned checkpoints besides the last, and those without optimizer state."""
     if not isinstance(run.stage, TrainStage):
         return ""
-    kept = [manifest for i in published(run) if (manifest := readable_manifest(run, i))]
+    kept = [manifest for i in published(run.checkpoints_path) if (manifest := readable_manifest(run, i))]
     pinned = [f"{m.tokens:,}" for m in kept if m.pinned and m.tokens < run.stage.budget.tokens]
     thinned = [f"{m.tokens:,}" for m in kept if m.thinned_from]
     words = [f"{what} at {', '.join(tokens)} tokens" for what, tokens in (("pinned", pinned), ("weights only", thinned)) if tokens]

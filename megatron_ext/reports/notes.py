@@ -36,6 +36,8 @@ def _state(stage: StageData) -> list[str]:
     elif stage.state == "begun":
         reach = f" (step {steps_done(stage):,} of {stage.config.budget.steps:,})" if stage.is_training else ""
         lines.append(f"not finished{reach}; the numbers are of what was done so far.")
+    if stage.tracker_damage:
+        lines.append(f"its newest checkpoint is taken from the folders' names, because the tracker is damaged: {stage.tracker_damage}.")
     for attempt in stage.attempts:
         if attempt.reason not in ("", "done"):
             cause = f": {attempt.error}" if attempt.error else ""

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_ext.attempts import EXIT, FALLBACK, RECORD
 from megatron_ext.config.base import Json
 from megatron_ext.config.stages import TrainStage, inputs
 from megatron_ext.errors import CheckpointError
 from megatron_ext.metrics import Record, read_metrics
 from megatron_ext.provenance import CORPUS, MANIFEST, CorpusIndex, Manifest, file_sha256, read_corpus, read_manifest
 from megatron_ext.runs import ATTEMPTS, CHECKPOINTS, PROVENANCE, RECIPE, Run, attempt_numbers, open_run, read_done, read_json
+from megatron_ext.tracker import iteration_path, newest
 
 State = Literal["done", "begun", "not begun", "missing"]
 
@@ -46,7 +48,8 @@ class StageData:
     starts: dict[int, int] = field(default_factory=dict)  # attempt -> step it began after
     train: tuple[Record, ...] = ()
     validation: tuple[Record, ...] = ()
-    manifest: Manifest | None = None  # of the newest whole checkpoint
+    manifest: Manifest | None = None  # of the newest checkpoint
+    tracker_damage: str = ""  # what is wrong with the file that names it
     parent_sha256: str = ""  # of the manifest of the checkpoint that it started from, as that is now; '' where it is gone
     parent_thinned_from: str = ""  # what that was before its optimizer state was removed
     corpus: CorpusIndex | None = None
@@ -85,7 +88,7 @@ class Reading:
 def gather(run: Run) -> Reading:
     """Read the run folders that the report names, and those that they were made from, ancestors first.
 
-    A missing folder is said in the reading; a damaged file raises the error that names it.
+    A missing folder or a damaged tracker is said in the reading; another damaged file raises the error that names it.
     """
     found: dict[str, StageData] = {}
     for name, folder in run.inputs.items():
@@ -110,7 +113,8 @@ def _stage(run: Run) -> StageData:
     records = read_metrics(run.metrics_path)
     state: State = "done" if run.is_done() else "begun" if attempts or records else "not begun"
     has_provenance = (run.path / PROVENANCE).is_file()
-    manifest = _newest_manifest(run.checkpoints_path)
+    iteration, damage = newest(run.checkpoints_path)
+    manifest = None if iteration is None else read_manifest(iteration_path(run.checkpoints_path, iteration))
     parent_sha256, parent_thinned_from = _parent_now(run, manifest)
     return StageData(
         name=run.name,
@@ -123,6 +127,7 @@ def _stage(run: Run) -> StageData:
         train=_by_step(records, "train"),
         validation=_by_step(records, "validation"),
         manifest=manifest,
+        tracker_damage=damage,
         parent_sha256=parent_sha256,
         parent_thinned_from=parent_thinned_from,
         corpus=read_corpus(run.path) if (run.path / CORPUS).is_file() else None,
@@ -137,9 +142,9 @@ def _by_step(records: list[Record], kind: str) -> tuple[Record, ...]:
 
 def _attempt(folder: Path, number: int) -> AttemptData:
     path = folder / ATTEMPTS / str(number)
-    plan = read_json(path / "plan.json", "an attempt's plan") if (path / "plan.json").is_file() else {}
-    end = read_json(path / "exit.json", "an attempt's end") if (path / "exit.json").is_file() else {}
-    fallback = read_json(path / "fallback.json", "why an attempt fell back") if (path / "fallback.json").is_file() else {}
+    plan = read_json(path / RECORD, "how an attempt began") if (path / RECORD).is_file() else {}
+    end = read_json(path / EXIT, "how an attempt ended") if (path / EXIT).is_file() else {}
+    fallback = read_json(path / FALLBACK, "why an attempt fell back") if (path / FALLBACK).is_file() else {}
     return AttemptData(
         number=number,
         started_at=str(plan.get("started_at", "")),
@@ -156,7 +161,7 @@ def _parent_now(run: Run, manifest: Manifest | None) -> tuple[str, str]:
     """Of the checkpoint that a run started from: its manifest's hash now, and the one from before it was thinned."""
     if manifest is None or manifest.parent is None:
         return "", ""
-    checkpoint = run.inputs["start"] / CHECKPOINTS / f"iter_{manifest.parent.iteration:07d}"
+    checkpoint = iteration_path(run.inputs["start"] / CHECKPOINTS, manifest.parent.iteration)
     if not (checkpoint / MANIFEST).is_file():
         return "", ""
     found = file_sha256(checkpoint / MANIFEST)
@@ -166,9 +171,3 @@ def _parent_now(run: Run, manifest: Manifest | None) -> tuple[str, str]:
         return found, read_manifest(checkpoint).thinned_from
     except CheckpointError:  # damaged: its hash says enough
         return found, ""
-
-
-def _newest_manifest(folder: Path) -> Manifest | None:
-    """The manifest is written last: a checkpoint folder without one is not a checkpoint."""
-    whole = [p.parent for p in folder.glob(f"iter_*/{MANIFEST}")]
-    return read_manifest(max(whole, key=lambda p: int(p.name.removeprefix("iter_")))) if whole else None

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.attempts import RECORD
-from megatron_ext.checkpoint import folder as folders
-from megatron_ext.config.base import Json, to_json
+from megatron_ext.checkpoint.folder import find
 from megatron_ext.config.stages import Scratch
-from megatron_ext.errors import CheckpointError, RunError
+from megatron_ext.errors import CheckpointError, DamagedCheckpointError, RunError
 from megatron_ext.metrics import Record, read_metrics
 from megatron_ext.provenance import read_manifest
-from megatron_ext.runs import ATTEMPTS, Run, differences, open_run, read_json
-from megatron_ext.snapshot import code_hash
+from megatron_ext.runs import Run, open_run
+from megatron_ext.tracker import iteration_path, published
 
 OF_A_STEP = ("train", "skip", "stop")
 
@@ -29,21 +27,24 @@ class Recorded:
     checkpoint: Path | None  # the nearest own one before the step; None: the stage's start
     left_out: frozenset[int]  # steps of the stage that were not trained on
 
-    def words(self, as_json: bool) -> list[str]:
-        """The command line that shows the step, without the program's name."""
-        return ["why", str(self.run.path), "--step", str(self.step), *(["--json"] if as_json else [])]
+
+def training_run(folder: Path) -> Run:
+    """Open a run folder that has steps; `RunError` where its stage does not train."""
+    run = open_run(folder)
+    if run.stage.kind != "train":
+        raise RunError(
+            f"{run.path}: stage '{run.name}' is of kind '{run.stage.kind}', and has no training steps; name the run of a train stage"
+        )
+    return run
 
 
 def find_step(folder: Path, step: int) -> Recorded:
     """What stands of a step of the training stage in a run folder.
 
     `RunError` where the stage never came to it, or does not train; `CheckpointError` where nothing leads to it any more.
+    On a run at work the answer changes from moment to moment: of several ranks one asks, for all.
     """
-    run = open_run(folder)
-    if run.stage.kind != "train":
-        raise RunError(
-            f"{run.path}: stage '{run.name}' is of kind '{run.stage.kind}', and has no training steps; name the run of a train stage"
-        )
+    run = training_run(folder)
     records = read_metrics(run.metrics_path)
     last = _last_step(run, records)
     if not 1 <= step <= last:
@@ -51,16 +52,6 @@ def find_step(folder: Path, step: int) -> Recorded:
         raise RunError(f"{run.path}: stage '{run.name}' did not come to a step {step}; {way_out}")
     left_out = frozenset(one["step"] for one in records if one["kind"] == "skip")
     return Recorded(run, step, _record(records, step), _nearest(run, step), left_out)
-
-
-def causes(run: Run, record: Record) -> list[str]:
-    """What the record was made with that is different here: plan, code."""
-    path = run.path / ATTEMPTS / str(record["attempt"]) / RECORD
-    then: Json = read_json(path, "how an attempt began")
-    found = differences(then["plan"], to_json(run.stage.plan), "plan")
-    if then.get("code_hash") not in (None, code_hash()):
-        found.append(f"code: {then['code_hash'][:12]} -> {code_hash()[:12]}")
-    return found
 
 
 def _last_step(run: Run, records: list[Record]) -> int:
@@ -84,22 +75,30 @@ def _went_back_from(record: Any, step: int) -> bool:
 
 
 def _nearest(run: Run, step: int) -> Path | None:
-    own = [i for i in folders.published(run.checkpoints_path) if _has_optimizer(folders.iteration_path(run.checkpoints_path, i))]
+    own, damaged = _with_optimizer(run.checkpoints_path)
     before = [iteration for iteration in own if iteration < step]
     if before:
-        return folders.iteration_path(run.checkpoints_path, before[-1])
+        return iteration_path(run.checkpoints_path, before[-1])
     if not isinstance(run.stage.start, Scratch):
         parent = open_run(run.inputs["start"])
         try:
-            folders.find(parent.checkpoints_path, run.stage.start.tokens, parent.name)
+            find(parent.checkpoints_path, run.stage.start.tokens, parent.name)
         except CheckpointError as gone:
             nearest = f"the nearest that can is step {own[0] + 1}" if own else "nor any other"
             raise CheckpointError(
                 f"{run.path}: step {step} cannot be computed again, {nearest}: no checkpoint of the stage before it is kept, "
-                f"and where it starts, {gone}"
+                f"and where it starts, {gone}" + (f". Damaged are: {'; '.join(damaged)}" if damaged else "")
             ) from None
     return None
 
 
-def _has_optimizer(path: Path) -> bool:
-    return read_manifest(path).optimizer_layout != "none"
+def _with_optimizer(folder: Path) -> tuple[list[int], list[str]]:
+    """The checkpoints that training can go on from, ascending, and what is wrong with those whose manifests cannot be read."""
+    found, damaged = [], []
+    for iteration in published(folder):
+        try:
+            if read_manifest(iteration_path(folder, iteration)).optimizer_layout != "none":
+                found.append(iteration)
+        except DamagedCheckpointError as problem:
+            damaged.append(str(problem))
+    return found, damaged

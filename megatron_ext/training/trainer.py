@@ -14,6 +14,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron_ext import device
 from megatron_ext.attempts import Attempt
 from megatron_ext.checkpoint import folder as folders
+from megatron_ext.checkpoint.swap import show_hidden
 from megatron_ext.config.memory import pinned_steps
 from megatron_ext.config.schedule import learning_rate
 from megatron_ext.data.loader import HeldOut, Loader, heldouts
@@ -206,6 +207,7 @@ def _prepare_once(run: Run, groups: Groups, attempt: Attempt) -> Prepared:
     if groups.rank == 0:
         attempt.check_owner()
         folders.revoke(run.checkpoints_path, attempt.number)
+        show_hidden(run.checkpoints_path)
         prepare(run)
     dist.barrier()
     return open_prepared(run)

@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,34 +26,39 @@ from megatron_ext.config.schedule import learning_rate
 from megatron_ext.data.ledger import documents
 from megatron_ext.data.loader import Loader
 from megatron_ext.data.prepare import Prepared, open_prepared
-from megatron_ext.distributed import Groups, process_groups, seed_step
+from megatron_ext.distributed import Groups, broadcast_object, process_groups, seed_step
+from megatron_ext.errors import MegatronExtError
 from megatron_ext.progress import progress as showing
 from megatron_ext.runs import Run
 from megatron_ext.training.fallback import check_whole
 from megatron_ext.training.gradients import layer_norms
 from megatron_ext.training.guard import Finding, GuardState, judge, known
-from megatron_ext.training.recorded import Recorded, causes
+from megatron_ext.training.recorded import Recorded, find_step
 from megatron_ext.training.start import Began, first_weights, resume
 from megatron_ext.training.state import Progress
 from megatron_ext.training.step import StepResult, forward_reports, train_step
 from megatron_ext.training.trainer import place
-from megatron_ext.training.why_text import why_text
+from megatron_ext.training.why_text import causes, why_text
 
 SAME = ("loss", "grad_norm", "samples_sha256")  # what a record and its replay must agree in
 
 
-def run_why(recorded: Recorded, as_json: bool) -> None:
+def run_why(run: Run, step: int, as_json: bool) -> None:
     """Compute a step again on the ranks of this environment; rank 0 prints what was in it."""
-    plan = recorded.run.stage.plan
+    plan = run.stage.plan
     device.activate(plan.device, plan.threads_per_rank)
     with process_groups(plan) as groups:
-        found = replay(groups, recorded)
+        found = replay(groups, run.path, step)
         if groups.rank == 0:
             print(json.dumps(found, indent=2) if as_json else why_text(found))
 
 
-def replay(groups: Groups, recorded: Recorded) -> Json:
-    """All that is known of a step, as JSON values; every rank calls this, and writes nothing."""
+def replay(groups: Groups, folder: Path, step: int) -> Json:
+    """All that is known of a step of the run in `folder`, as JSON values; every rank calls this, and writes nothing.
+
+    Raises, on every rank, what `find_step` does, and `DamagedCheckpointError`.
+    """
+    recorded = _found_by_rank_0(groups, folder, step)
     run = recorded.run
     prepared = open_prepared(run)
     if recorded.checkpoint is None:
@@ -74,12 +80,27 @@ def replay(groups: Groups, recorded: Recorded) -> Json:
         "tokens": run.stage.budget.tokens_per_batch,
         "valid_tokens": result.valid_tokens,
         **measured,
-        **_compared(recorded, measured),
+        **_compared(recorded, began.progress.step, measured),
         "log_every_steps": run.stage.plan.log_every_steps,
         "sources": _sources(sequences),
         "layers": {name: known(norm) for name, norm in layers.items()},
         "sequences": sequences,
     }
+
+
+def _found_by_rank_0(groups: Groups, folder: Path, step: int) -> Recorded:
+    """One answer for all ranks: while the run is at work, each would see another newest checkpoint, and they would wait for one another."""
+    found: Recorded | MegatronExtError | None = None
+    if groups.rank == 0:
+        try:
+            found = find_step(folder, step)
+        except MegatronExtError as refusal:
+            found = refusal
+    found = broadcast_object(found)
+    if isinstance(found, MegatronExtError):
+        raise found
+    assert found is not None
+    return found
 
 
 @dataclass
@@ -180,14 +201,14 @@ def _sources(sequences: list[Json]) -> list[Json]:
     return rows
 
 
-def _compared(recorded: Recorded, measured: Json) -> Json:
-    """Whether the replay is what was recorded; if not, what differs, and what it was made with that is different now."""
+def _compared(recorded: Recorded, start_step: int, measured: Json) -> Json:
+    """Whether the replay is what was recorded; if not, what differs, and which steps since the start were computed under what else."""
     record = recorded.record
     if record is None:
         return {"recorded": None, "equal": None, "differences": [], "causes": []}
     unequal = [name for name in SAME if record[name] != measured[name]]
     lines = [f"{name}: {_shown(record[name])} recorded, {_shown(measured[name])} replayed" for name in unequal]
-    why = causes(recorded.run, record) if unequal else []
+    why = causes(recorded.run, record, start_step, recorded.step) if unequal else []
     return {"recorded": record, "equal": not unequal, "differences": lines, "causes": why}
 
 

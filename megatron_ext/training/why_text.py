@@ -1,10 +1,16 @@
-"""A replayed step as text for a terminal."""
+"""A replayed step in words: what was in it, whether it is the recorded one, and if not, which steps were computed under what else."""
 
 from __future__ import annotations
 
+import json
+from itertools import groupby
 from typing import Any
 
-from megatron_ext.config.base import Json
+from megatron_ext.attempts import RECORD
+from megatron_ext.config.base import Json, to_json
+from megatron_ext.metrics import STARTS, Record, read_metrics
+from megatron_ext.runs import ATTEMPTS, Run, read_json
+from megatron_ext.snapshot import code_hash
 
 MOST_SEQUENCES = 20
 OUTCOME = {
@@ -13,6 +19,10 @@ OUTCOME = {
     "roll_back": "gone back from, then left out",
     "stop": "where the stage stopped",
 }
+NEVER_COMPUTES = {  # of a plan: when and where something is read or written; all else can change a sum's last bits
+    "loader_workers", "log_every_steps", "save_every_steps", "pin_every_tokens", "pin_tokens", "validate_every_steps",
+    "validation_sequences", "asynchronous_saves", "on_failed_save", "on_damaged_checkpoint", "keep_checkpoints",
+}  # fmt: skip
 
 
 def why_text(found: Json) -> str:
@@ -44,10 +54,65 @@ def _verdict(found: Json) -> list[str]:
     reason = [f"found: {record['reason']}"] if record.get("reason") else []
     if found["equal"]:
         return [*reason, f"equal to the record of attempt {record['attempt']}, to the bit"]
-    causes = found["causes"] or [
-        "code and plan are those of the record: it was not the data or the weights; the machine, or a library, computed something else"
-    ]
-    return [*reason, f"not what attempt {record['attempt']} recorded:", *(f"  {line}" for line in (*found["differences"], *causes))]
+    others = found["causes"] or [_same_words(found)]
+    return [*reason, f"not what attempt {record['attempt']} recorded:", *(f"  {line}" for line in (*found["differences"], *others))]
+
+
+def _same_words(found: Json) -> str:
+    """What is left where the steps that were done again had the plan and the code of this replay."""
+    first, step = found["replayed_from"]["step"] + 1, found["step"]
+    steps = f"step {step}" if first == step else f"steps {first} to {step}"
+    same = f"code and plan are those under which {steps} {'was' if first == step else 'were'} recorded"
+    if found["recorded"]["samples_sha256"] != found["samples_sha256"]:
+        return f"{same}: it was the data; the corpus, or an index over it, is not what it was"
+    return f"{same}: it was not the data, nor the weights they began with; the machine, or a library, computed something else"
+
+
+def causes(run: Run, record: Record, start_step: int, step: int) -> list[str]:
+    """Which steps after `start_step`, up to the recorded `step`, were computed under another plan or code than this process's.
+
+    One line for attempts in a row that were alike. Only what can change what is computed counts of a plan.
+    """
+    rows = [(_other_words(run, attempt), attempt, first, last) for attempt, first, last in _attempts(run, record, start_step, step)]
+    lines = []
+    for words, alike in groupby(rows, lambda row: row[0]):
+        same = list(alike)
+        (_, one, first, _), (_, other, _, last) = same[0], same[-1]
+        steps = f"step {first} was" if first == last else f"steps {first} to {last} were"
+        attempts = f"attempt {one}" if one == other else f"attempts {one} to {other}"
+        if words:
+            lines.append(f"{steps} computed by {attempts} {words}")
+    return lines
+
+
+def _attempts(run: Run, record: Record, start_step: int, step: int) -> list[tuple[int, int, int]]:
+    """Attempt, first and last step of what leads from the replay's start to the record; what came after the record's attempt does not."""
+    begins: dict[int, int] = {}
+    for one in read_metrics(run.metrics_path):
+        if one["kind"] in STARTS and one["attempt"] <= record["attempt"]:
+            begins[one["attempt"]] = min(one["step"], begins.get(one["attempt"], step))
+    begun = sorted(begins.items())
+    ends = [*(begin for _, begin in begun[1:]), step]
+    clipped = [(attempt, max(begin, start_step) + 1, min(end, step)) for (attempt, begin), end in zip(begun, ends, strict=True)]
+    return [(attempt, first, last) for attempt, first, last in clipped if first <= last]
+
+
+def _other_words(run: Run, attempt: int) -> str:
+    """'under micro_batch 4 (here 1), code 0123456789ab (here ba9876543210)'; '' where an attempt computed as this process does."""
+    path = run.path / ATTEMPTS / str(attempt) / RECORD
+    if not path.is_file():
+        return f"under a plan and code that are not known, for there is no {path}"
+    then, here = read_json(path, "how an attempt began"), to_json(run.stage.plan)
+    pairs = {key: (then["plan"].get(key), here.get(key)) for key in dict.fromkeys([*here, *then["plan"]]) if key not in NEVER_COMPUTES}
+    other = [f"{key} {_word(old)} (here {_word(new)})" for key, (old, new) in pairs.items() if old != new]
+    if then.get("code_hash") not in (None, code_hash()):
+        other.append(f"code {then['code_hash'][:12]} (here {code_hash()[:12]})")
+    return f"under {', '.join(other)}" if other else ""
+
+
+def _word(value: Any) -> str:
+    """A plan's value as it is given on the command line."""
+    return json.dumps(value).strip('"')
 
 
 def _sequences(sequences: list[Json]) -> list[str]:

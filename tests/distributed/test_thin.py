@@ -260,15 +260,30 @@ def thin_refused(groups: Any, full: Path, damaged: Path) -> list[str]:
         said.append(str(error.value))
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         data.write_bytes(content)
+    for who_is_busy in (lambda: "attempt 7 is at work", lambda: gut(full.parent)):
+        with pytest.raises(CheckpointError) as error:
+            thin(full, who_is_busy)
+        said.append(str(error.value))
     return said
 
 
-def test_a_full_disk_and_a_damaged_checkpoint_change_nothing(graph, tmp_path):
+def gut(folder: Path) -> str:
+    """Take a file of the copy away, as a second gc did that began while the first wrote it."""
+    (copy,) = folder.glob(".iter_*.thinning-*")
+    (copy / ".metadata").unlink()
+    return ""
+
+
+def test_a_full_disk_damage_a_trainer_and_another_gc_change_nothing(graph, tmp_path):
     full, damaged = (Path(shutil.copytree(checkpoint(graph, ROUTINE), tmp_path / name / "iter_0000001")) for name in ("full", "damaged"))
     before = read_manifest(full)
-    on_full, on_damaged = ranks.run(thin_refused, CPU, full, damaged)[0]
-    assert re.search(r"\.iter_0000001\.thinning: could not be written: .*File too large.*: .*full/iter_0000001 stands$", on_full), on_full
+    on_full, on_damaged, beside_trainer, beside_gc = ranks.run(thin_refused, CPU, full, damaged)[0]
+    assert re.search(r"\.iter_0000001\.thinning-\w+: could not be written: .*File too large.*: .*full/iter_0000001 stands$", on_full), (
+        on_full
+    )
     assert [p.name for p in full.parent.iterdir()] == [full.name]
     assert verify(full) == before
     assert "its bytes do not hash to what the manifest says" in on_damaged
     assert read_manifest(damaged) == before
+    assert re.search(r"full/iter_0000001: attempt 7 is at work: stands as it was; run gc again", beside_trainer)
+    assert re.search(r"iter_0000001 stands as it was; .*thinning-\w+/\.metadata: missing, though the manifest lists it", beside_gc)

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from megatron_ext.checkpoint import extra_state
 from megatron_ext.checkpoint.extra_state import refuse_extra_state
 from megatron_ext.errors import CheckpointError, DamagedCheckpointError
 
@@ -174,6 +175,18 @@ def test_a_pickle_cannot_change_the_stand_ins(tmp_path, name, state):
     """Setting attributes on what it is given is refused; else it could put the guard of storages out of action."""
     with pytest.raises(CheckpointError, match="refused"):
         look(tmp_path, as_bytes(b"c" + name.encode() + b"\n" + state + b"b."))
+
+
+@pytest.mark.parametrize("name", [f"{module}\n{name}" for module, names in extra_state._NAMES.items() for name in sorted(names)])
+def test_state_given_to_any_name_or_to_what_it_returns_goes_nowhere(tmp_path, name):
+    """BUILD sets attributes on what it is given: on a class here, and on what calling it returns."""
+    kept = [vars(kind).copy() for kind in (extra_state._Inert, extra_state._Storage, extra_state._StandIns)]
+    for state in (b"}(V__setstate__\nK\x01u", b"N}(V__setstate__\nK\x01u\x86"):
+        with pytest.raises(CheckpointError, match="refused"):
+            look(tmp_path, as_bytes(b"c" + name.encode() + b"\n" + state + b"b."))
+        look(tmp_path, as_bytes(b"c" + name.encode() + b"\n)R" + state + b"b."))
+        look(tmp_path, as_bytes(b"c" + name.encode() + b"\n)\x81" + state + b"b."))
+    assert kept == [vars(kind) for kind in (extra_state._Inert, extra_state._Storage, extra_state._StandIns)]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"not a pickle", pickle.dumps({"a": 1})[:-3], b"\x95" + b"\xff" * 8 + b"."])

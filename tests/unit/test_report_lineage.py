@@ -1,9 +1,10 @@
-"""The report's tree of starts, and what it says of code, fall-backs and parents that changed."""
+"""The report's tree of starts, and what it says of code, fall-backs, parents that changed and the newest checkpoint."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 from megatron_ext.config.stages import Branch
@@ -51,3 +52,25 @@ def test_other_code_fall_backs_and_a_changed_parent_are_said_first(tmp_path) -> 
     )
     manifest_of(runs["base"]).unlink()
     assert "stable: the checkpoint of 'base' at 1,536 tokens that it started from is gone." in said(runs)
+
+
+def test_a_broken_tracker_is_noted_beside_all_that_is_known(tmp_path) -> None:
+    runs = build(tmp_path, finished=3, stages=STAGES[:3])
+    _, whole = draw(runs)
+    (runs["base"].checkpoints_path / "latest_checkpointed_iteration.txt").write_bytes(b"\xb2\n")
+    (runs["base"].checkpoints_path / "iter_old").mkdir()
+    (runs["base"].checkpoints_path / "iter_old" / "manifest.json").write_text("{}")  # no name of a checkpoint
+    _, found = draw(runs)
+    [note] = [note for note in found["notes"] if note not in whole["notes"]]
+    assert note.startswith("base: its newest checkpoint is taken from the folders' names, because the tracker is damaged: ")
+    assert "latest_checkpointed_iteration.txt: holds " in note
+    assert {**found, "notes": None} == {**whole, "notes": None}
+
+
+def test_the_tracker_says_which_checkpoint_is_the_newest(tmp_path) -> None:
+    runs = build(tmp_path, finished=2, stages=STAGES[:2])
+    newer = runs["base"].checkpoints_path / "iter_0000099"
+    shutil.copytree(manifest_of(runs["base"]).parent, newer)
+    (runs["base"].checkpoints_path / "latest_checkpointed_iteration.txt").write_text("6\n")  # the newer one was cut off from it
+    (newer / "manifest.json").write_text("{")
+    assert gather(runs["report"]).stages[-1].manifest.iteration == 6

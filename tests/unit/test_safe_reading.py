@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import random
 import re
 import shutil
+import sys
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 
 from megatron_ext.config.base import to_json
 from megatron_ext.config.plan import TrainPlan
-from megatron_ext.errors import CheckpointError, DataError
+from megatron_ext.errors import CheckpointError, DamagedCheckpointError, DataError
 from megatron_ext.provenance import CORPUS, read_corpus, read_manifest, read_sidecar, write_manifest
 from megatron_ext.runs import write_json
 from tests import ranks
@@ -240,6 +242,45 @@ def test_other_names_are_refused(tmp_path, name):
             read_metadata(tmp_path)
 
 
+STATES = (b"}(V{}\nK\x01u", b"N}(V{}\nK\x01u\x86")  # what BUILD puts into an object's dictionary, and what it sets as attributes
+
+
+def allowed_names() -> list[tuple[str, str]]:
+    from megatron_ext.checkpoint.safe_reading import _METADATA_CLASSES
+
+    return [(module, name) for module, names in _METADATA_CLASSES.items() for name in sorted(names)]
+
+
+@pytest.mark.parametrize("attribute", ["is_file", "exists", "cache", "__setstate__", "__init__", "_value_"])
+@pytest.mark.parametrize("state", STATES)
+def test_a_pickle_cannot_change_what_it_is_given(tmp_path, state, attribute):
+    """Classes, functions and members of an enumeration outlive the pickle: changed, they would serve whoever wrote it."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    from megatron_ext.checkpoint.safe_reading import read_metadata
+
+    member = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nK\x00\x85R"
+    given = {f"c{module}\n{name}\n".encode(): getattr(sys.modules[module], name) for module, name in allowed_names()}
+    for asked, thing in {**given, member: _MEM_FORMAT_ENCODING(0)}.items():
+        before = dict(vars(thing)) if hasattr(thing, "__dict__") else {}
+        (tmp_path / ".metadata").write_bytes(asked + state.replace(b"{}", attribute.encode()) + b"b.")
+        with pytest.raises(CheckpointError, match=r"\.metadata: refused: it would change .*; nothing was run") as refusal:
+            read_metadata(tmp_path)
+        assert not isinstance(refusal.value, DamagedCheckpointError)
+        assert (dict(vars(thing)) if hasattr(thing, "__dict__") else {}) == before
+
+
+def test_a_changed_class_would_serve_whoever_wrote_it(tmp_path):
+    """The fault: the unpickler of pickle itself sets the attribute."""
+    assert not hasattr(ChangedByAPickle, "is_file")
+    pickle.loads(f"c{__name__}\nChangedByAPickle\n".encode() + STATES[1].replace(b"{}", b"is_file") + b"b.")
+    assert ChangedByAPickle.is_file == 1  # type: ignore[attr-defined]
+
+
+class ChangedByAPickle:
+    """Stands for a class that a checkpoint's metadata may name."""
+
+
 def test_missing_metadata_is_named(tmp_path):
     from megatron_ext.checkpoint.safe_reading import read_metadata
 
@@ -268,6 +309,30 @@ def test_damage_anywhere_in_metadata_is_our_error_or_harmless(outcomes, folder, 
         except CheckpointError:
             refused += 1
     assert refused > len(content) // 3 + 100
+
+
+def test_damage_anywhere_in_common_is_our_error_or_harmless(tmp_path):
+    """torch's reader of plain values is in Python, and fails on a changed byte of the pickle in whatever way comes first."""
+    import torch
+
+    from megatron_ext.checkpoint.safe_reading import read_common
+
+    stream = io.BytesIO()
+    torch.save({"plain": 3, "nested": OrderedDict(a=[1.5, None, True], b=("text",)), "tensor": torch.ones(2)}, stream)
+    content = stream.getvalue()
+    begin = content.index(b"\x80\x02")  # the pickle inside the archive
+    inner = range(begin, content.index(b"PK", begin))
+    rng = random.Random(0)
+    causes = set()
+    for place in [*rng.choices(inner, k=4000), *rng.choices(range(len(content)), k=500)]:
+        changed = bytearray(content)
+        changed[place] = rng.randrange(256)
+        (tmp_path / "common.pt").write_bytes(changed)
+        try:
+            read_common(tmp_path)
+        except CheckpointError as refusal:
+            causes.add(type(refusal.__context__))
+    assert {IndexError, AttributeError, TypeError} <= causes  # the fault: it lets these through
 
 
 # ---- records of a corpus

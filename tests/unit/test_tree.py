@@ -14,7 +14,8 @@ from megatron_ext.config.base import to_json
 from megatron_ext.config.stages import inputs
 from megatron_ext.errors import RunError
 from megatron_ext.launch.graph import Graph, with_overrides
-from megatron_ext.launch.tree import columns, tree_text
+from megatron_ext.launch.local import summary_text
+from megatron_ext.launch.tree import columns, state, tree_text
 from megatron_ext.metrics import MetricsWriter
 from megatron_ext.provenance import CorpusIndex, Manifest, Parent, SourceRecord, file_sha256, write_manifest
 from megatron_ext.runs import Run, mark_done, write_json, write_run
@@ -171,9 +172,43 @@ def test_the_tree_survives_a_checkpoint_without_manifest(tmp_path: Path) -> None
     trained(runs["base"], 6, 5.0)
     (runs["base"].checkpoints_path / "iter_0000006" / "manifest.json").write_text("{")
     assert "checkpoint 6 (no readable manifest)" in tree_text(tmp_path)
-    (runs["base"].checkpoints_path / "latest_checkpointed_iteration.txt").write_text("release")
-    with pytest.raises(RunError, match="holds 'release', not the number of a checkpoint"):
-        tree_text(tmp_path)
+
+
+@pytest.mark.parametrize("tracker", [b"\xb2", b"\xc2\xb2", b"x\n", b"release", b"8\n", b"9" * 5000])
+def test_a_broken_tracker_is_noted_and_hides_nothing(tmp_path: Path, tracker: bytes) -> None:
+    runs = write_all(tmp_path)
+    trained(runs["base"], 6, 5.0)
+    trained(runs["stable"], 6, 4.0)
+    mark_done(runs["base"], {"seconds": 1.0})
+    whole = tree_text(tmp_path).splitlines()
+    (runs["base"].checkpoints_path / "latest_checkpointed_iteration.txt").write_bytes(tracker)
+    lines = tree_text(tmp_path).splitlines()
+    row = next(i for i, line in enumerate(lines) if "base " in line)
+    assert "DONE, its tracker is damaged" in lines[row]
+    assert "checkpoint 6" in lines[row]
+    assert f"{runs['base'].checkpoints_path}/latest_checkpointed_iteration.txt: " in lines[row + 1]
+    rest = [*lines[:row], *lines[row + 2 :]]
+    assert [line.split() for line in rest] == [line.split() for line in (*whole[:row], *whole[row + 1 :])]
+    assert "DONE, its tracker is damaged" in summary_text([runs["base"]])
+
+
+def test_an_attempt_is_alive_by_the_rule_of_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stable = write_all(tmp_path)["stable"]
+    attempt = begin_attempt(stable)
+    record = attempt.record
+    write_json(attempt.path / "plan.json", {**record, "process_start": -1})  # the number went to another process
+    assert state(stable) == "attempt 1: killed (no word of its end)"
+    write_json(attempt.path / "plan.json", {**record, "host": "elsewhere", "place": "elsewhere/1", "job_id": "7"})
+    assert state(stable) == f"attempt 1: running, pid {os.getpid()} on elsewhere"
+    (attempt.path / "heartbeat").unlink()  # not to be timed, as where the folder cannot be written to
+    assert state(stable) == f"attempt 1: running or killed, pid {os.getpid()} on elsewhere"
+    (attempt.path / "heartbeat").touch()
+    os.utime(attempt.path / "heartbeat", (1, 1))
+    assert state(stable) == "attempt 1: killed (no word of its end)"
+    (attempt.path / "heartbeat").touch()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the scheduler has put the job of the attempt back
+    assert state(stable) == "attempt 1: killed (no word of its end)"
 
 
 def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:

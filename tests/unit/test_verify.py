@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -185,6 +186,19 @@ def test_the_command_checks_all_below_and_names_each(tmp_path, capsys):
     assert re.search(r"base/checkpoints/iter_0000002/\.metadata: its bytes do not hash", said.err)
     assert re.search(r"stable/checkpoints/iter_0000002: has no manifest\.json: it was never published", said.err)
     assert re.search(r"base/checkpoints/latest_checkpointed_iteration\.txt: names iteration 6", said.err)
+
+
+def test_a_checkpoint_that_a_killed_gc_hides_is_named(tmp_path, capsys):
+    hidden, path = (write_files(tmp_path / "run" / "checkpoints", iteration) for iteration in (2, 4))
+    (path.parent / "latest_checkpointed_iteration.txt").write_text("4\n")
+    waiting = shutil.copytree(hidden, hidden.with_name(f".{hidden.name}.thinned"))
+    assert main(["verify", str(tmp_path)]) == 0  # it waits, and nothing is missing
+    shutil.rmtree(hidden)
+    assert main(["verify", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"{hidden}: missing: a gc was killed while it put {waiting.name} into its place; run `megatron-ext gc {tmp_path / 'run'}`" in said
+    )
 
 
 def test_the_command_refuses_what_holds_no_checkpoint(tmp_path, capsys):
