@@ -75,6 +75,15 @@ def atomic_write(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def force_to_disk(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write readable JSON atomically."""
     atomic_write(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
@@ -91,7 +100,7 @@ def read_json(path: Path, what: str, error: type[Exception] = RunError) -> Any:
 
 
 def write_run(path: Path, graph: str, stage: Any, inputs: dict[str, Path], cluster: Cluster | None = None) -> Run:
-    """Create or refresh a run folder; refuse one that holds other science."""
+    """Create or refresh a run folder; `RunError` where one that was begun holds other science, or where it cannot be written."""
     path = path.resolve()
     parents = {role: open_run(folder) for role, folder in inputs.items()}
     hashes = {role: parent.science_hash for role, parent in parents.items()}
@@ -103,8 +112,14 @@ def write_run(path: Path, graph: str, stage: Any, inputs: dict[str, Path], clust
         "cluster": to_json(cluster) if cluster else None,
         "stage": to_json(stage),
     }
-    path.mkdir(parents=True, exist_ok=True)
-    write_json(path / RECIPE, values)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / RECIPE, values)
+    except OSError as cause:
+        raise RunError(
+            f"{path}: the run folder cannot be written ({cause.strerror or cause}); "
+            f"free space or quota, mend its permissions, or name another --runs"
+        ) from None
     return open_run(path)
 
 
@@ -144,10 +159,13 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def refuse_other_science(path: Path, stage: Any, input_hashes: dict[str, str]) -> str:
-    """The hash of what a stage would be; `RunError` with every difference where the folder already holds another recipe."""
+    """The hash of what a stage would be; `RunError` with every difference where the folder was begun with another recipe.
+
+    A folder that was written and never begun holds nothing of its recipe yet, and may take another.
+    """
     found = science_hash(stage, input_hashes)
     old = read_json(path / RECIPE, "the recipe of a run") if (path / RECIPE).is_file() else None
-    if old is None or old.get("science_hash") == found:
+    if old is None or old.get("science_hash") == found or not _was_begun(path):
         return found
     new = {"stage": to_json(stage), "inputs": {role: {"science_hash": value} for role, value in input_hashes.items()}}
     lines = differences(_identity(old), _identity(new))
@@ -156,6 +174,10 @@ def refuse_other_science(path: Path, stage: Any, input_hashes: dict[str, str]) -
         f"{path}: this run {state} with another recipe, and its science cannot change:\n  " + "\n  ".join(lines) + "\n"
         f"Launch into another folder (--runs), or delete {path} to start this stage over"
     )
+
+
+def _was_begun(path: Path) -> bool:
+    return bool(attempt_numbers(path)) or (path / DONE).is_file() or (path / CHECKPOINTS).is_dir()
 
 
 def _identity(values: Json) -> Json:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ext.errors import RunError
+from megatron_ext.runs import force_to_disk
 
 PACKAGE = Path(__file__).resolve().parent
 FOLDER = ".code"
@@ -53,14 +54,20 @@ def snapshot_path(runs_dir: Path, found: str) -> Path:
 def take_snapshot(runs_dir: Path, package: Path = PACKAGE) -> Path:
     """Copy a package's source beside the runs, whole or not at all, and return the snapshot's folder.
 
-    One that is there already is checked and used again; `RunError` where it was changed.
+    One that is there already is checked and used again; `RunError` where it was changed, or where none can be written.
     """
     files = source_files(package)
     folder = snapshot_path(runs_dir, files_hash(files))
     if os.pathsep in str(folder):
         raise RunError(f"{folder}: '{os.pathsep}' in this path would end it inside PYTHONPATH; keep the runs in a folder without it")
-    if not folder.exists():
-        _write(folder, package.name, files)
+    try:
+        if not folder.exists():
+            _write(folder, package.name, files)
+    except OSError as cause:
+        raise RunError(
+            f"{folder}: this code's snapshot, which jobs run, cannot be written ({cause.strerror or cause}); "
+            f"free space or quota, mend the permissions of {runs_dir}, or name another --runs"
+        ) from None
     _check(folder, package.name, files)
     return folder
 
@@ -78,24 +85,15 @@ def _write(folder: Path, name: str, files: Files) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         for one in (aside, *(path for path in aside.rglob("*") if path.is_dir())):
-            _force(one)
+            force_to_disk(one)
         try:
             aside.rename(folder)
         except OSError:
             if not folder.exists():
                 raise
-        _force(folder.parent)
+        force_to_disk(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _force(folder: Path) -> None:
-    """Force a folder's names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check(folder: Path, name: str, files: Files) -> None:

@@ -13,24 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ext.errors import CheckpointError, DamagedCheckpointError
-from megatron_ext.provenance import MANIFEST, Manifest, read_manifest
+from megatron_ext.provenance import Manifest, read_manifest
 from megatron_ext.runs import atomic_write
-
-TRACKER = "latest_checkpointed_iteration.txt"
-_PUBLISHED = re.compile(r"iter_([0-9]{7,})")
-_NUMBER = re.compile(r"[0-9]+")
-
-
-def iteration_path(folder: Path, iteration: int) -> Path:
-    """Path of a checkpoint, by Megatron's naming."""
-    return folder / f"iter_{iteration:07d}"
+from megatron_ext.tracker import TRACKER, iteration_path, published
+from megatron_ext.tracker import read_tracker as latest
 
 
 def staging_path(folder: Path, attempt: int) -> Path:
@@ -41,30 +33,6 @@ def staging_path(folder: Path, attempt: int) -> Path:
 def aside_path(folder: Path, iteration: int, attempt: int) -> Path:
     """Where an attempt writes a checkpoint before it is published."""
     return iteration_path(staging_path(folder, attempt), iteration)
-
-
-def published(folder: Path) -> list[int]:
-    """Iterations of the published checkpoints, ascending."""
-    if not folder.is_dir():
-        return []
-    matches = ((_PUBLISHED.fullmatch(p.name), p) for p in folder.iterdir())
-    return sorted(int(m[1]) for m, p in matches if m and (p / MANIFEST).is_file())
-
-
-def latest(folder: Path) -> int | None:
-    """The iteration that the tracker names, or None where nothing was published."""
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if not _NUMBER.fullmatch(text):
-        raise DamagedCheckpointError(f"{tracker}: holds {text[:40]!r}, not an iteration; write the number of a folder iter_* into it")
-    if int(text) not in published(folder):
-        raise DamagedCheckpointError(
-            f"{tracker}: names iteration {text}, but {iteration_path(folder, int(text))} is no published checkpoint; "
-            f"published are {published(folder)}: write one of these into the tracker"
-        )
-    return int(text)
 
 
 def publish(folder: Path, iteration: int, attempt: int, may_publish: Callable[[], None] = lambda: None) -> Path:

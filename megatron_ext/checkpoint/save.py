@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import shutil
 import threading
 import time
@@ -34,6 +33,7 @@ from megatron_ext.checkpoint.writing import Buffers, Planned, Written, plan_writ
 from megatron_ext.distributed import TIMEOUT_SECONDS
 from megatron_ext.errors import CheckpointError, MegatronExtError
 from megatron_ext.provenance import Manifest, write_manifest
+from megatron_ext.runs import force_to_disk
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.005, 0.5
 WRITTEN, OUTCOME, HEARD = "written", "outcome", "heard"
@@ -87,6 +87,7 @@ class Save:
         """Wait for the end. The published folder; `CheckpointError` or `RunError`, the same on every rank, where there is none."""
         if self._thread is not None:
             self._thread.join()
+        self.seconds = time.perf_counter() - self.started
         if self.planned is None:
             raise CheckpointError(self.failure)
         outcome = json.loads(_wait(self._store, self.prefix + OUTCOME))
@@ -192,9 +193,9 @@ def _gather(store: Any, prefix: str) -> list[Written]:
 def _publish(target: Target, planned: Planned, ranks: list[Written]) -> None:
     digests = planned.finish(ranks)
     write_manifest(target.aside, target.manifest(digests))
-    _sync(target.aside)
+    force_to_disk(target.aside)
     folders.publish(target.checkpoints, target.iteration, target.attempt, target.may_publish)
-    _sync(target.checkpoints)
+    force_to_disk(target.checkpoints)
 
 
 def _cause(target: Target, error: Exception) -> MegatronExtError:
@@ -232,12 +233,3 @@ def _wait(store: Any, key: str) -> str:
 
 def _family(kind: type[MegatronExtError]) -> list[type[MegatronExtError]]:
     return [kind, *(one for child in kind.__subclasses__() for one in _family(child))]
-
-
-def _sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

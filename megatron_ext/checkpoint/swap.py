@@ -10,13 +10,13 @@ Between two renames iter_0000500 is missing for an instant. A kill there is made
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
 
 from megatron_ext.checkpoint.verify import READY, check_files, replaced_by
 from megatron_ext.errors import CheckpointError
 from megatron_ext.provenance import MANIFEST, file_sha256, read_manifest
+from megatron_ext.runs import force_to_disk
 
 REPLACED = ".replaced"
 
@@ -36,7 +36,7 @@ def swap_in(whole: Path, target: Path) -> None:
         raise CheckpointError(f"{target} stands as it was; its replacement cannot be used: {problem}")
     ready = ready_path(target)
     whole.rename(ready)  # from here on it will stand, whatever happens
-    sync(target.parent)
+    force_to_disk(target.parent)
     _finish(ready)
 
 
@@ -82,7 +82,7 @@ def _finish(ready: Path) -> None:
         if not target.exists():
             raise
         # a trainer that began at this moment has put it there: show_hidden
-    sync(target.parent)
+    force_to_disk(target.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -97,12 +97,3 @@ def _misfit(whole: Path, target: Path) -> str:
     except (CheckpointError, OSError) as problem:
         return str(problem)
     return ""
-
-
-def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

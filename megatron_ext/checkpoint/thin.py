@@ -27,10 +27,11 @@ from megatron_ext.checkpoint.extra_state import EXTRA_STATE
 from megatron_ext.checkpoint.hashing import HashingFileSystem
 from megatron_ext.checkpoint.load import open_metadata
 from megatron_ext.checkpoint.safe_reading import read_common
-from megatron_ext.checkpoint.swap import finish_swaps, swap_in, sync
+from megatron_ext.checkpoint.swap import finish_swaps, swap_in
 from megatron_ext.checkpoint.verify import verify
 from megatron_ext.errors import CheckpointError
 from megatron_ext.provenance import MANIFEST, Manifest, file_sha256, read_manifest, write_manifest
+from megatron_ext.runs import force_to_disk
 
 COPY_BYTES = 1 << 24
 METADATA_FNAME = ".metadata"
@@ -73,7 +74,7 @@ def _write(folder: Path, aside: Path, manifest: Manifest) -> None:
         stream.write((folder / CONFIG_FNAME).read_bytes())
     was = file_sha256(folder / MANIFEST)
     write_manifest(aside, dataclasses.replace(manifest, optimizer_layout="none", files=files.digests, thinned_from=was))
-    sync(aside)
+    force_to_disk(aside)
 
 
 def thinnable_bytes(folder: Path) -> int:

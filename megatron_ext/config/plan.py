@@ -16,6 +16,7 @@ from megatron_ext.errors import ConfigError
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "bf16", "fp8"]
 Device = Literal["cpu", "gpu"]
+LAYOUT_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context")  # what a routine checkpoint is bound to
 
 
 @config

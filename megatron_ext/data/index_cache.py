@@ -47,7 +47,7 @@ class IndexCache:
     def arrays(self, description: Json, build: Callable[[], Arrays]) -> Arrays:
         """The described arrays, memory-mapped read-only; built first where they are missing and may be.
 
-        `DataError` where they are missing and may not be built, or where their folder was damaged.
+        `DataError` where they are missing and may not be built or cannot be written, or where their folder was damaged.
         """
         folder = self.folder(description)
         if not folder.is_dir():
@@ -62,10 +62,8 @@ class IndexCache:
             self.root.mkdir(parents=True, exist_ok=True)
             self._remove_abandoned()
             aside.mkdir()
-        except PermissionError as cause:
-            raise DataError(
-                f"{self.root}: cannot write indices here ({cause.strerror}); make the corpus folder writable for prepare"
-            ) from None
+        except OSError as cause:
+            raise self._unwritable(cause) from None
         try:
             for name, array in arrays.items():
                 with (aside / f"{name}.npy").open("wb") as file:
@@ -74,8 +72,16 @@ class IndexCache:
                     os.fsync(file.fileno())
             write_json(aside / DESCRIPTION, {**description, "format": FORMAT, "arrays": sorted(arrays)})
             _rename_or_discard(aside, folder)
+        except OSError as cause:
+            raise self._unwritable(cause) from None
         finally:
             shutil.rmtree(aside, ignore_errors=True)  # gone already, unless something failed or came second
+
+    def _unwritable(self, cause: OSError) -> DataError:
+        return DataError(
+            f"{self.root}: cannot write indices here ({cause.strerror or cause}); "
+            f"free space or quota, or make the corpus folder writable; {self.way_out}"
+        )
 
     def _remove_abandoned(self) -> None:
         for folder in self.root.glob(".*.tmp"):

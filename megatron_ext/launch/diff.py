@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_ext.config.stages import TokenizeStage, TrainStage, science
 from megatron_ext.errors import RunError
 from megatron_ext.launch.joints import Joint, checkpoint_path, joint_of, latest_iteration, rate_words, readable_manifest
 from megatron_ext.launch.verbs import attempt_codes
+from megatron_ext.metrics import STARTS, read_metrics
 from megatron_ext.provenance import CORPUS, MANIFEST, CorpusIndex, Manifest, file_sha256, read_corpus, read_manifest, read_sidecar
 from megatron_ext.runs import ATTEMPTS, PROVENANCE, RECIPE, Run, attempt_numbers, differences, open_run, read_json
 from megatron_ext.snapshot import Files, code_words, snapshot_path, source_files
@@ -66,13 +68,17 @@ def open_side(path: Path) -> Side:
 
 
 def difference(path_a: Path, path_b: Path, with_code: bool = False) -> Json:
-    """Everything that differs, as JSON: `science`, `plan`, `data` and `code` are lists of lines, `files` counts changed lines."""
+    """Everything that differs, as JSON: `science`, `plan`, `data` and `code` are lists of lines, `files` counts changed lines.
+
+    `plans` says of either side, where there are such, which standing steps its attempts trained under another plan than `plan` compares.
+    """
     a, b = open_side(path_a), open_side(path_b)
     return {
         "a": _label(a),
         "b": _label(b),
         "science": differences(*_sciences(a, b)),
         "plan": differences(_plan(a), _plan(b)),
+        "plans": {side: found for side, one in (("a", a), ("b", b)) if (found := _other_plans(one))},
         "data": differences(_data(a), _data(b)),
         "code": differences(_code(a), _code(b)),
         "attempts": {side: words for side, one in (("a", a), ("b", b)) if one.run and (words := code_words(attempt_codes(one.run)))},
@@ -135,6 +141,36 @@ def _plan(side: Side) -> Json:
     begun = [path for path in records if path.is_file()]
     plan: Json = read_json(begun[-1], "how an attempt began")["plan"] if begun else to_json(side.stage.plan)
     return plan
+
+
+def _other_plans(side: Side) -> list[Json]:
+    """The attempts whose steps stand, of a checkpoint up to it, and whose plan is not the side's: which steps, and what was other."""
+    if side.run is None:
+        return []
+    end_step = side.manifest.iteration if side.is_checkpoint and side.manifest else None
+    newest, found = _plan(side), []
+    for attempt, first, last in _standing(side.run, end_step):
+        path = side.run.path / ATTEMPTS / str(attempt) / RECORD
+        then: Json = read_json(path, "how an attempt began")["plan"] if path.is_file() else newest
+        other = {key: value for key, value in then.items() if key not in newest or value != newest[key]}
+        if other:
+            found.append({"attempt": attempt, "first_step": first, "last_step": last, "plan": other})
+    return found
+
+
+def _standing(run: Run, end_step: int | None) -> list[tuple[int, int, int]]:
+    """Attempt, first and last of its steps that no later attempt did again, up to `end_step` or the last one that is recorded."""
+    records = read_metrics(run.metrics_path)
+    begins: dict[int, int] = {}
+    for one in records:
+        if one["kind"] in STARTS:
+            begins[one["attempt"]] = min(one["step"], begins.get(one["attempt"], one["step"]))
+    begun = sorted(begins.items())
+    done = max((one["step"] for one in records if one["kind"] != "stop"), default=0)  # a step that stopped the stage was not done
+    end = done if end_step is None else end_step
+    ends = [*(begin for _, begin in begun[1:]), end]
+    clipped = [(attempt, begin + 1, min(last, end)) for (attempt, begin), last in zip(begun, ends, strict=True)]
+    return [(attempt, first, last) for attempt, first, last in clipped if first <= last]
 
 
 def _data(side: Side) -> Json:
@@ -291,8 +327,8 @@ def diff_command(a: Path, b: Path, code: bool, as_json: bool) -> None:
 def diff_text(found: Json) -> str:
     """The difference for people, a block for each part."""
     lines = [_head(side.upper(), found[side]) for side in ("a", "b")]
-    for part in ("science", "plan", "data"):
-        lines += ["", *_block(part, found[part])]
+    for part, more in (("science", []), ("plan", _plan_lines(found["plans"])), ("data", [])):
+        lines += ["", *_block(part, [*found[part], *more])]
     lines += ["", *_block("code", [*found["code"], *_code_lines(found)]), "", *_lineage_lines(found["lineage"])]
     return "\n".join([*lines, *(["", *found["text"]] if "text" in found else [])])
 
@@ -304,6 +340,21 @@ def _head(letter: str, label: Json) -> str:
 
 def _block(part: str, lines: list[str]) -> list[str]:
     return [part, *(f"  {line}" for line in lines)] if lines else [f"nothing differs in {part}"]
+
+
+def _plan_lines(plans: Json) -> list[str]:
+    """'A: attempt 3 (steps 101 to 200) ran ranks_per_node 2, micro_batch 4': a line for attempts in a row that were alike."""
+    lines = []
+    for side, rows in plans.items():
+        for plan, group in groupby(rows, lambda row: row["plan"]):
+            alike = list(group)
+            one, other = alike[0], alike[-1]
+            attempts = f"attempt {one['attempt']}" if one is other else f"attempts {one['attempt']} to {other['attempt']}"
+            first, last = one["first_step"], other["last_step"]
+            steps = f"step {first}" if first == last else f"steps {first} to {last}"
+            values = ", ".join(f"{key} {json.dumps(value).strip(chr(34))}" for key, value in plan.items())
+            lines.append(f"{side.upper()}: {attempts} ({steps}) ran {values}")
+    return lines
 
 
 def _code_lines(found: Json) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_ext.attempts import live_attempt
 from megatron_ext.config.base import to_json
+from megatron_ext.config.plan import LAYOUT_KEYS
 from megatron_ext.config.stages import TrainStage, inputs
 from megatron_ext.errors import RunError
 from megatron_ext.launch.findings import Finding, error, ok
@@ -15,8 +16,6 @@ from megatron_ext.launch.joints import latest_iteration, readable_manifest
 from megatron_ext.launch.verbs import check_code
 from megatron_ext.runs import RECIPE, Run, open_run, refuse_other_science, science_hash
 from megatron_ext.snapshot import code_hash
-
-LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "context")  # what a routine checkpoint is bound to
 
 
 def folder_findings(graph: Graph, folder: Path) -> list[Finding]:
@@ -61,7 +60,7 @@ def _resume(run: Run, stage: TrainStage, iteration: int) -> list[Finding]:
         text = f"checkpoint {iteration} of {run.path}, which it would go on from, has no readable manifest"
         return [error("resume", text, f"megatron-ext verify {run.path}", stage.name)]
     plan, old = to_json(stage.plan), manifest.plan
-    keys = ("distributed_optimizer", *(LAYOUT if manifest.optimizer_layout == "dp_reshardable" else ()))
+    keys = ("distributed_optimizer", *(LAYOUT_KEYS if manifest.optimizer_layout == "dp_reshardable" else ()))
     changed = [f"{key} {old[key]} -> {plan[key]}" for key in keys if old.get(key) != plan[key]]
     if not changed:
         return []

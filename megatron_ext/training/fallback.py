@@ -12,15 +12,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_ext.attempts import Attempt
+from megatron_ext.attempts import FALLBACK, Attempt
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.verify import verify_shared
 from megatron_ext.distributed import Groups, broadcast_object
 from megatron_ext.errors import DamagedCheckpointError
 from megatron_ext.provenance import read_manifest
 from megatron_ext.runs import Run, atomic_write, read_json, write_json
-
-FALL_BACK = "fallback.json"
 
 
 def newest_whole(run: Run, groups: Groups, attempt: Attempt) -> Path | None:
@@ -98,14 +96,14 @@ def _fall_back(run: Run, groups: Groups, attempt: Attempt, path: Path, damaged: 
         aside = [folders.set_aside_damaged(one).name for one in damaged]
         atomic_write(run.checkpoints_path / folders.TRACKER, f"{read_manifest(path).iteration}\n")
         record = {"from": damaged[0].name if damaged else None, "to": path.name, "set_aside": aside, "reason": why}
-        write_json(attempt.path / FALL_BACK, record)
+        write_json(attempt.path / FALLBACK, record)
         print(f"WARNING: {fall_back_words(attempt)}", flush=True)
     dist.barrier()
 
 
 def fall_back_words(attempt: Attempt) -> str:
     """What an attempt fell back to and why; '' where it did not."""
-    path = attempt.path / FALL_BACK
+    path = attempt.path / FALLBACK
     if not path.is_file():
         return ""
     record = read_json(path, "how an attempt fell back")

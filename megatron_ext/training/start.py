@@ -19,6 +19,7 @@ from megatron_ext.attempts import Attempt
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.load import load_state
 from megatron_ext.config.base import to_json
+from megatron_ext.config.plan import LAYOUT_KEYS
 from megatron_ext.config.stages import Scratch
 from megatron_ext.data.prepare import Prepared, check_tokenizer
 from megatron_ext.distributed import Groups
@@ -35,8 +36,6 @@ from megatron_ext.training.state import (
     sharded_model,
     sharded_state,
 )
-
-LAYOUT_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context")
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 
+from megatron_ext.checkpoint.extra_state import EXTRA_STATE
 from megatron_ext.config.optimizer import Optimizer
 from megatron_ext.config.stages import TrainStage
 from megatron_ext.distributed import Groups, seed_step
 from megatron_ext.model.build import build_model
-
-EXTRA_STATE = "_extra_state"
 
 
 @dataclass(frozen=True)

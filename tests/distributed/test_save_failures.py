@@ -21,6 +21,7 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.metrics import read_metrics
 from megatron_ext.runs import Run
 from tests import layouts, ranks, training_runs
+from tests.documented_metrics import undocumented
 from tests.small_corpus import train_run, write_corpus
 
 CPU, TWO = (replace(plan, micro_batch=4) for plan in (layouts.CPU, layouts.TWO))
@@ -75,7 +76,7 @@ def patch_save(point: str, fail: Callable[[], None]) -> None:
         case "before the tracker":
             before(folders, "_rename", lambda path, target: target.name == folders.TRACKER and path.read_text() == f"{AT}\n")
         case "after the tracker":
-            before(save, "_sync", lambda path: folders.latest(path) == AT)
+            before(save, "force_to_disk", lambda path: folders.latest(path) == AT)
         case "tracker first":  # the fault: the tracker moves, then the folder
 
             def wrong(folder: Path, iteration: int, attempt: int, _: Any) -> Path:
@@ -198,6 +199,7 @@ def test_training_goes_on_past_a_refused_save_where_the_plan_says_so(corpus, str
     assert not list(run.checkpoints_path.glob(".*"))
     (refused,) = read_metrics(run.metrics_path, "failed_save")
     assert refused["step"] == AT
+    assert undocumented([refused]) == []
     assert re.search(r"File too large.*Training goes on \(plan\.on_failed_save=go_on\)$", refused["problem"])
 
 

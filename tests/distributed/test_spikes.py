@@ -15,6 +15,7 @@ from megatron_ext.metrics import read_metrics
 from megatron_ext.provenance import Manifest
 from megatron_ext.runs import Run
 from tests import training_runs
+from tests.documented_metrics import undocumented
 from tests.faulty_runs import trained
 from tests.small_corpus import train_run, write_corpus
 
@@ -114,6 +115,7 @@ def test_a_roll_back_ends_where_leaving_out_ends(corpus, skipping):
     ]
     assert [one["step"] for one in records(run, "train")] == [1, 2, 3, 4, 6, 7]
     assert [(one["step"], one["at_step"]) for one in records(run, "roll_back")] == [(3, 5), (6, 8)]
+    assert undocumented(records(run, "roll_back")) == []
     assert newest(run).ledger == newest(other).ledger
 
 
