@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,18 +144,21 @@ def _plan(side: Side) -> Json:
 
 
 def _other_plans(side: Side) -> list[Json]:
-    """The attempts whose steps stand, of a checkpoint up to it, and whose plan is not the side's: which steps, and what was other."""
+    """Which steps that stand (of a checkpoint: up to it) had another plan than the side's, and what was other; like attempts together."""
     if side.run is None:
         return []
     end_step = side.manifest.iteration if side.is_checkpoint and side.manifest else None
-    newest, found = _plan(side), []
+    newest = _plan(side)
+    found: list[Json] = []
     for attempt, first, last in _standing(side.run, end_step):
         path = side.run.path / ATTEMPTS / str(attempt) / RECORD
         then: Json = read_json(path, "how an attempt began")["plan"] if path.is_file() else newest
         other = {key: value for key, value in then.items() if key not in newest or value != newest[key]}
-        if other:
-            found.append({"attempt": attempt, "first_step": first, "last_step": last, "plan": other})
-    return found
+        if found and found[-1]["plan"] == other:
+            found[-1].update(last_attempt=attempt, last_step=last)
+        else:
+            found.append({"first_attempt": attempt, "last_attempt": attempt, "first_step": first, "last_step": last, "plan": other})
+    return [row for row in found if row["plan"]]
 
 
 def _standing(run: Run, end_step: int | None) -> list[tuple[int, int, int]]:
@@ -165,11 +168,10 @@ def _standing(run: Run, end_step: int | None) -> list[tuple[int, int, int]]:
     for one in records:
         if one["kind"] in STARTS:
             begins[one["attempt"]] = min(one["step"], begins.get(one["attempt"], one["step"]))
-    begun = sorted(begins.items())
     done = max((one["step"] for one in records if one["kind"] != "stop"), default=0)  # a step that stopped the stage was not done
     end = done if end_step is None else end_step
-    ends = [*(begin for _, begin in begun[1:]), end]
-    clipped = [(attempt, begin + 1, min(last, end)) for (attempt, begin), last in zip(begun, ends, strict=True)]
+    marks = [*sorted(begins.items()), (0, end)]
+    clipped = [(attempt, begin + 1, min(last, end)) for (attempt, begin), (_, last) in pairwise(marks)]
     return [(attempt, first, last) for attempt, first, last in clipped if first <= last]
 
 
@@ -343,18 +345,18 @@ def _block(part: str, lines: list[str]) -> list[str]:
 
 
 def _plan_lines(plans: Json) -> list[str]:
-    """'A: attempt 3 (steps 101 to 200) ran ranks_per_node 2, micro_batch 4': a line for attempts in a row that were alike."""
+    """'A: attempt 3 (steps 101 to 200) ran ranks_per_node 2, micro_batch 4'."""
     lines = []
     for side, rows in plans.items():
-        for plan, group in groupby(rows, lambda row: row["plan"]):
-            alike = list(group)
-            one, other = alike[0], alike[-1]
-            attempts = f"attempt {one['attempt']}" if one is other else f"attempts {one['attempt']} to {other['attempt']}"
-            first, last = one["first_step"], other["last_step"]
-            steps = f"step {first}" if first == last else f"steps {first} to {last}"
-            values = ", ".join(f"{key} {json.dumps(value).strip(chr(34))}" for key, value in plan.items())
+        for row in rows:
+            attempts, steps = (_span(name, row[f"first_{name}"], row[f"last_{name}"]) for name in ("attempt", "step"))
+            values = ", ".join(f"{key} {json.dumps(value).strip(chr(34))}" for key, value in row["plan"].items())
             lines.append(f"{side.upper()}: {attempts} ({steps}) ran {values}")
     return lines
+
+
+def _span(name: str, first: int, last: int) -> str:
+    return f"{name} {first}" if first == last else f"{name}s {first} to {last}"
 
 
 def _code_lines(found: Json) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from megatron_ext.attempts import RECORD
@@ -91,9 +91,8 @@ def _attempts(run: Run, record: Record, start_step: int, step: int) -> list[tupl
     for one in read_metrics(run.metrics_path):
         if one["kind"] in STARTS and one["attempt"] <= record["attempt"]:
             begins[one["attempt"]] = min(one["step"], begins.get(one["attempt"], step))
-    begun = sorted(begins.items())
-    ends = [*(begin for _, begin in begun[1:]), step]
-    clipped = [(attempt, max(begin, start_step) + 1, min(end, step)) for (attempt, begin), end in zip(begun, ends, strict=True)]
+    marks = [*sorted(begins.items()), (0, step)]
+    clipped = [(attempt, max(begin, start_step) + 1, min(end, step)) for (attempt, begin), (_, end) in pairwise(marks)]
     return [(attempt, first, last) for attempt, first, last in clipped if first <= last]
 
 

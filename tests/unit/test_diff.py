@@ -17,6 +17,7 @@ from megatron_ext.config.stages import Branch, Weights
 from megatron_ext.errors import CheckpointError, RunError
 from megatron_ext.launch.diff import diff_text, difference
 from megatron_ext.launch.graph import Graph
+from megatron_ext.metrics import MetricsWriter
 from megatron_ext.provenance import Consumed, Manifest, Parent, environment, file_sha256, write_manifest
 from megatron_ext.runs import Run, open_run, write_json, write_run
 from megatron_ext.snapshot import PACKAGE, files_hash, source_files, take_snapshot
@@ -177,6 +178,56 @@ def test_attempts_of_one_run_that_ran_other_code_are_named(runs: dict[str, Run])
         attempt.finish("failed")
     text = diff_text(between(runs["decay_short"], runs["decay_long"]))
     assert "  B: attempt 1 ran code aaaaaaaaaaaa, attempt 2 ran code bbbbbbbbbbbb" in text
+
+
+def attempt(run: Run, from_step: int, steps: int, **plan: Any) -> Run:
+    """An attempt that trained so many steps under a changed plan."""
+    changed = write_stage(run.path.parent, run.name, plan=replace(run.stage.plan, **plan))
+    begun = begin_attempt(changed)
+    writer = MetricsWriter(run.metrics_path, begun.number, from_step)
+    for step in range(from_step + 1, from_step + steps + 1):
+        writer.write("train", step, {"loss": 1.0})
+    writer.close()
+    begun.finish("failed")
+    return changed
+
+
+def test_steps_that_ran_another_plan_are_named(runs: dict[str, Run], capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = runs["decay_long"], runs["decay_short"]
+    attempt(a, 0, 4, save_every_steps=2)
+    attempt(a, 3, 2, ranks_per_node=2, micro_batch=2)
+    attempt(a, 5, 3, ranks_per_node=2, micro_batch=2)  # all of it was done again
+    attempt(a, 5, 1, ranks_per_node=2, micro_batch=2)
+    attempt(a, 6, 1)
+    for begin in (0, 1):
+        attempt(b, begin, 1)
+    found = between(b, a)
+    assert found["plan"] == []
+    assert found["plans"] == {
+        "b": [
+            {"first_attempt": 1, "last_attempt": 1, "first_step": 1, "last_step": 3, "plan": {"save_every_steps": 2}},
+            {"first_attempt": 2, "last_attempt": 4, "first_step": 4, "last_step": 6, "plan": {"ranks_per_node": 2, "micro_batch": 2}},
+        ]
+    }
+    lines = diff_text(found).splitlines()
+    at = lines.index("plan")
+    assert lines[at + 1 : at + 4] == [
+        "  B: attempt 1 (steps 1 to 3) ran save_every_steps 2",
+        "  B: attempts 2 to 4 (steps 4 to 6) ran ranks_per_node 2, micro_batch 2",
+        "",
+    ]
+    attempt(a, 7, 2, ranks_per_node=2, micro_batch=2)  # what is other is so against the newest; attempt 5 parts what was alike
+    rows = between(a, b)["plans"]["a"]
+    assert [(one["last_attempt"], one["last_step"], [*one["plan"]]) for one in rows] == [
+        (1, 3, ["ranks_per_node", "micro_batch", "save_every_steps"]),
+        (5, 7, ["ranks_per_node", "micro_batch"]),
+    ]
+    point = save(a, 4, (runs["stable"], 12), plan={**to_json(a.stage.plan), "ranks_per_node": 2, "micro_batch": 2})
+    found = between(point, b)  # of a checkpoint, what led to it
+    assert [(one["last_step"], one["plan"]["micro_batch"]) for one in found["plans"]["a"]] == [(3, 8)]
+    assert between(b, b)["plans"] == {}
+    assert main(["diff", str(a.path), str(b.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plans"]["a"] == rows
 
 
 def common(a: Run | Path, b: Run | Path) -> tuple[str, int] | None:
