@@ -98,10 +98,17 @@ class Attempt:
 
 
 def begin_attempt(run: Run) -> Attempt:
-    """Become the owner of a run folder; `RunError` where another attempt still runs the stage.
+    """Become the owner of a run folder; `RunError` where another attempt still runs the stage, or the disk refuses.
 
     The environment variable MEGATRON_EXT_TAKE_OVER=1 (`--take-over`) begins all the same, and fences the other off.
     """
+    try:
+        return _claim(run)
+    except OSError as cause:
+        raise RunError(f"{run.path}: no attempt can begin: {cause}; make room on its disk, or see who may write there") from cause
+
+
+def _claim(run: Run) -> Attempt:
     folder = run.path / ATTEMPTS
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".{uuid.uuid4().hex}.tmp"

@@ -1,21 +1,27 @@
-"""The run folders that a graph would go on in: is each one the same stage, free, and loadable under the plan as it is now."""
+"""The run folders that a graph would go on in: is each one the same stage, free, and loadable under the plan as it is now.
+
+`launch` asks some of this too: what could not start is refused before anything is written.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.attempts import live_attempt
 from megatron_ext.config.base import to_json
 from megatron_ext.config.plan import LAYOUT_KEYS
-from megatron_ext.config.stages import TrainStage, inputs
-from megatron_ext.errors import RunError
-from megatron_ext.launch.findings import Finding, error, ok
+from megatron_ext.config.stages import Branch, TrainStage, Weights, inputs
+from megatron_ext.errors import DamagedCheckpointError, RunError
+from megatron_ext.launch.findings import Finding, error, ok, warning
 from megatron_ext.launch.graph import Graph
-from megatron_ext.launch.joints import latest_iteration, readable_manifest
+from megatron_ext.launch.joints import checkpoint_path, joint_of, latest_iteration, parent_change, readable_manifest
 from megatron_ext.launch.verbs import check_code
-from megatron_ext.runs import RECIPE, Run, open_run, refuse_other_science, science_hash
+from megatron_ext.provenance import Manifest, read_manifest
+from megatron_ext.runs import CHECKPOINTS, DONE, RECIPE, Run, open_run, refuse_other_science, science_hash
 from megatron_ext.snapshot import code_hash
+from megatron_ext.tracker import newest, published
 
 
 def folder_findings(graph: Graph, folder: Path) -> list[Finding]:
@@ -28,12 +34,95 @@ def folder_findings(graph: Graph, folder: Path) -> list[Finding]:
         try:
             hashes[stage.name] = refuse_other_science(path, stage, parents)
             run = open_run(path) if (path / RECIPE).is_file() else None
-        except RunError as refusal:
+        except (RunError, OSError) as refusal:
             hashes[stage.name] = science_hash(stage, parents)
             found.append(error("run folder", str(refusal), stage=stage.name))
         else:
             found += _begun(run, stage) if run and not run.is_done() else []
+            found += _joint(folder, stage, run)
     return found or [ok("run folders", f"nothing in {folder} stands in the way")]
+
+
+def obstacle(runs: Path) -> str:
+    """What keeps folders from being made in `runs`, as names and permissions tell it; '' where these do not."""
+    path = Path(os.path.realpath(runs))
+    there = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    if not there.is_dir():
+        return f"{there} is a file, not a folder"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} may not be written by this user"
+
+
+def changed_parent(run: Run) -> str:
+    """What became of the checkpoint that a run started from; '' where it is the same, or the run has started from none."""
+    iteration, _ = newest(run.checkpoints_path)
+    joint = joint_of(run, None if iteration is None else readable_manifest(run, iteration))
+    return parent_change(joint) if joint else ""
+
+
+def start_problem(folder: Path, stage: Any) -> str:
+    """Why a stage cannot start where its recipe says, from what its parent's run folder holds; '' where it can, or may yet.
+
+    `folder` holds the graph's run folders. A parent that is not done may still come to the point, unless it is past it.
+    """
+    start = getattr(stage, "start", None)
+    own = folder / stage.name
+    if not isinstance(start, Weights | Branch) or (own / DONE).is_file() or published(own / CHECKPOINTS):
+        return ""  # what has its own checkpoints goes on from them
+    parent = folder / start.stage
+    manifests, damage = _manifests(parent)
+    if not (parent / DONE).is_file() and (start.tokens is None or max(manifests, default=0) <= start.tokens):
+        return ""
+    tokens = start.tokens or _last_tokens(parent, manifests, damage)
+    where = f"stage '{stage.name}' starts from '{start.stage}' at {f'{start.tokens:,} tokens' if start.tokens else 'its last checkpoint'}"
+    again = f"remove {parent} to train it again" + (", with this point pinned" if start.tokens else "")
+    if tokens not in manifests:
+        what = f"{parent / CHECKPOINTS} holds {_points(manifests) if manifests else 'no checkpoint that can be read'}"
+        return f"{where}, but {what}{''.join(f'; {one}' for one in damage)}. Name a point that is there, or {again}"
+    if start.kind == "branch" and manifests[tokens].optimizer_layout == "none":
+        whole = {at: one for at, one in manifests.items() if one.optimizer_layout != "none"}
+        instead = [*([f"branch from {_points(whole)}"] if whole else []), "start with Weights(...)", again]
+        return (
+            f"{where} with its optimizer state, but checkpoint {checkpoint_path(parent, manifests[tokens].iteration)} holds weights only. "
+            f"Way out: {', or '.join(instead)}"
+        )
+    return ""
+
+
+def _manifests(parent: Path) -> tuple[dict[int, Manifest], list[str]]:
+    """Tokens -> manifest of the checkpoints of a run folder, and what is wrong with those that cannot be read."""
+    found: dict[int, Manifest] = {}
+    damage = []
+    for iteration in published(parent / CHECKPOINTS):
+        try:
+            manifest = read_manifest(checkpoint_path(parent, iteration))
+        except DamagedCheckpointError as problem:
+            damage.append(str(problem))
+        else:
+            found[manifest.tokens] = manifest
+    return found, damage
+
+
+def _last_tokens(parent: Path, manifests: dict[int, Manifest], damage: list[str]) -> int:
+    """Tokens of a run's last checkpoint; 0, where none is ever saved, if that or the tracker is broken."""
+    iteration, broken = newest(parent / CHECKPOINTS)
+    if broken:
+        damage.append(broken)
+        return 0
+    return next((tokens for tokens, manifest in manifests.items() if manifest.iteration == iteration), 0)
+
+
+def _points(manifests: dict[int, Manifest]) -> str:
+    return f"{', '.join(f'{tokens:,}' for tokens in sorted(manifests))} tokens"
+
+
+def _joint(folder: Path, stage: Any, run: Run | None) -> list[Finding]:
+    """Whether the point that a stage starts from is there, and is still what it started from."""
+    problem = start_problem(folder, stage)
+    if problem:
+        return [error("start", problem, stage=stage.name)]
+    change = changed_parent(run) if run else ""
+    way_out = f"remove {folder / stage.name} to train it again from what its parent holds then"
+    return [warning("start", change, way_out, stage.name)] if change else []
 
 
 def _begun(run: Run, stage: Any) -> list[Finding]:

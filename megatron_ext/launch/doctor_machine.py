@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_ext.config.memory import checkpoint_bytes, disk_bytes, files_per_checkpoint, kept_checkpoints
 from megatron_ext.config.stages import TokenizeStage, TrainStage
+from megatron_ext.launch.doctor_folders import obstacle
 from megatron_ext.launch.doctor_inputs import known_shard_bytes
 from megatron_ext.launch.findings import Finding, error, ok, warning
 from megatron_ext.launch.graph import Graph
@@ -32,15 +33,18 @@ CONNECTIONS_PER_RANK = 2  # rank 0 serves the key-value store of torch, and that
 LOADER_PREFETCH = 4  # micro-batches that each loader worker holds ready (data.loader)
 BATCH_BYTES_PER_TOKEN = 8 + 8 + 4 + 8  # ids, labels, loss mask, positions
 LOCK_BYTES = 1 << 30  # what an InfiniBand adapter may want to register
+MEND = "free space or quota, mend its permissions, or name another --runs"
 
 
 def machine_findings(graph: Graph, runs: Path) -> list[Finding]:
     """Findings on this machine for a graph whose run folders go to `runs`."""
     trained = [stage for stage in graph.stages if isinstance(stage, TrainStage)]
     home = _existing(runs / graph.name)
+    blocked = obstacle(runs / graph.name)
+    nodes = max((stage.plan.nodes for stage in trained), default=1)
     return [
         *_packages(any(stage.plan.device == "gpu" for stage in trained)),
-        *_writing(home, max((stage.plan.nodes for stage in trained), default=1)),
+        *([error(f"writing to {runs}", f"not possible: {blocked}", MEND)] if blocked else _writing(home, nodes)),
         *_disk(graph, trained, runs, home),
         *_limits(trained),
         *_shared_memory(trained),
@@ -49,8 +53,8 @@ def machine_findings(graph: Graph, runs: Path) -> list[Finding]:
 
 def _existing(path: Path) -> Path:
     """The nearest folder on the way up that is there."""
-    path = path.resolve()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+    path = Path(os.path.realpath(path))
+    return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))
 
 
 def _packages(gpu: bool) -> list[Finding]:
@@ -97,9 +101,7 @@ def _writing(folder: Path, nodes: int) -> list[Finding]:
                 os.fsync(file.fileno())
             os.rename(aside, target)
     except OSError as refusal:
-        return [
-            error(what, f"not possible: {refusal.strerror or refusal}", "free space or quota, mend its permissions, or name another --runs")
-        ]
+        return [error(what, f"not possible: {refusal.strerror or refusal}", MEND)]
     kind = _file_system(folder)
     if nodes > 1 and kind in LOCAL_FILE_SYSTEMS:
         text = f"it is {kind} here, which other machines do not see, and the plan has {nodes} nodes"

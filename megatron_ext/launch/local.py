@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,19 +14,22 @@ from typing import Any, NoReturn
 
 import psutil
 
+from megatron_ext.attempts import Attempt
 from megatron_ext.config.base import Json
 from megatron_ext.config.cluster import Cluster
 from megatron_ext.config.stages import inputs
-from megatron_ext.errors import LaunchError
+from megatron_ext.errors import LaunchError, RunError
+from megatron_ext.launch.doctor_folders import changed_parent, obstacle, start_problem
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.plan import plan_rows
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions, thread_environment
 from megatron_ext.launch.tree import columns, progress
 from megatron_ext.launch.verbs import RUN_VERBS, STAGE_KINDS, check_code
-from megatron_ext.runs import RECIPE, Run, attempt_numbers, open_run, read_done, read_json, refuse_other_science, write_run
+from megatron_ext.runs import ATTEMPTS, RECIPE, Run, attempt_numbers, open_run, read_done, read_json, refuse_other_science, write_run
 from megatron_ext.snapshot import PACKAGE, files_hash, snapshot_environment, source_files, take_snapshot
 
 LOG_LINES = 20
+LOOK_SECONDS = 0.5  # between looks for the attempt of a stage; a rank lives longer than that before it begins one
 GRACE_SECONDS = 40.0  # torchrun gives its ranks 30 s to stop before it kills them
 
 
@@ -33,26 +37,34 @@ def launch_local(graph: Graph, runs_dir: Path, cluster: Cluster | None, permissi
     """Run every stage of `graph` that is not done, into `runs_dir/<graph>/<stage>`, and print what came of it.
 
     Stages run a snapshot of this code as it is now: editing it while they run changes nothing.
-    Before anything is written or run: `LaunchError` where a stage's kind has no verb, `ConfigError` or
-    `DataError` where the plan cannot be carried out, `RunError` where a folder holds another recipe,
-    or a begun stage of other code. Later: `LaunchError` where a stage fails.
+    Before anything is written or run: `LaunchError` where a stage's kind has no verb, or where it cannot
+    start from the checkpoint that it names, `ConfigError` or `DataError` where the plan cannot be carried
+    out, `RunError` where a folder cannot be made, holds another recipe, or a begun stage of other code.
+    Later: `LaunchError` where a stage fails.
     """
     folder = runs_dir / graph.name
     _check_kinds(graph)
     plan_rows(graph, cluster)  # refuses what could not run as planned
+    _check_place(folder)
     _check_folders(graph, folder)
     if not permissions.other_code:
         _check_codes(graph, folder)
+    _check_starts(graph, folder)
     snapshot = take_snapshot(runs_dir)
     runs = [_write(graph, stage, folder, cluster) for stage in graph.stages]
     for number, run in enumerate(runs, start=1):
         line = f"[{number}/{len(runs)}] {run.name}: {run.stage.kind}"
         if is_finished(run):
-            print(f"{line}, done before, skipped", flush=True)
+            change = changed_parent(run)
+            print(f"{line}, done before, skipped" + (f", although {change}: {_anew(run)}" if change else ""), flush=True)
             continue
         print(line, flush=True)
         run_stage(run, snapshot, permissions)
     print(summary_text(runs), flush=True)
+
+
+def _anew(run: Run) -> str:
+    return f"remove {os.path.relpath(run.path)} and launch again to train it from what its parent holds now"
 
 
 def is_finished(run: Run) -> bool:
@@ -77,6 +89,18 @@ def _check_kinds(graph: Graph) -> None:
                 f"graph {graph.name}: stage '{stage.name}' is of kind '{stage.kind}', which this version cannot run; "
                 f"it runs: {', '.join(STAGE_KINDS)}. Nothing was started"
             )
+
+
+def _check_place(folder: Path) -> None:
+    problem = obstacle(folder)
+    if problem:
+        raise RunError(f"{folder}: run folders cannot be made here: {problem}; mend that, or name another --runs. Nothing was started")
+
+
+def _check_starts(graph: Graph, folder: Path) -> None:
+    problems = [problem for stage in graph.stages if (problem := start_problem(folder, stage))]
+    if problems:
+        raise LaunchError("\n".join([f"graph {graph.name}: nothing was started, because a start is not there:", *problems]))
 
 
 def _check_folders(graph: Graph, folder: Path) -> None:
@@ -112,7 +136,7 @@ def run_stage(run: Run, snapshot: Path, permissions: Permissions = NO_PERMISSION
     try:
         child = subprocess.Popen(command, env=_environment(run, snapshot), stdin=subprocess.DEVNULL, process_group=0)
         try:
-            code = child.wait()
+            code, attempt = _wait(run, child, before)
         except BaseException:
             print(f"stopping stage '{run.name}' ...", file=sys.stderr, flush=True)
             stop(child)
@@ -122,9 +146,30 @@ def run_stage(run: Run, snapshot: Path, permissions: Permissions = NO_PERMISSION
         for number in caught:
             signal.signal(number, signal.SIG_DFL)
     if code != 0:
-        raise LaunchError(_failure(run, code, before))
+        raise LaunchError(_failure(run, code, attempt))
     if not run.is_done():
         raise LaunchError(f"stage '{run.name}' exited with 0 but left no DONE in {run.path}; this is a defect of its verb")
+
+
+def _wait(run: Run, child: subprocess.Popen[bytes], before: list[int]) -> tuple[int, int | None]:
+    """The exit code of a stage's process, and the attempt that it, or a rank below it, began (None: none)."""
+    family, own = {child.pid}, None
+    while True:
+        try:
+            code = child.wait(None if own else LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(psutil.Error, OSError, RunError):  # a look that fails must not end the stage; others follow
+                family |= {process.pid for process in psutil.Process(child.pid).children(recursive=True)}
+                own = _own_attempt(run, family, before)
+        else:
+            return code, own or _own_attempt(run, family, before)
+
+
+def _own_attempt(run: Run, family: set[int], before: list[int]) -> int | None:
+    """The attempt that one of these processes of this machine began; another launch may begin one beside ours."""
+    new = [Attempt(number, run.path / ATTEMPTS / str(number)) for number in attempt_numbers(run.path) if number not in before]
+    host = os.uname().nodename
+    return next((one.number for one in new if one.record["host"] == host and one.record["pid"] in family), None)
 
 
 def _environment(run: Run, snapshot: Path) -> dict[str, str]:
@@ -155,13 +200,12 @@ def stop(child: subprocess.Popen[bytes], grace_seconds: float = GRACE_SECONDS) -
     child.wait()
 
 
-def _failure(run: Run, code: int, before: list[int]) -> str:
+def _failure(run: Run, code: int, attempt: int | None) -> str:
     """What is known of a failed stage: exit code, the end of its log, the rank that failed first, the way on."""
     ended = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
     lines = [f"stage '{run.name}' ended {ended}"]
-    attempts = [number for number in attempt_numbers(run.path) if number not in before]
-    if attempts:
-        lines += _attempt_lines(run.path / "attempts" / str(attempts[-1]), attempts[-1])
+    if attempt is not None:
+        lines += _attempt_lines(run.path / ATTEMPTS / str(attempt), attempt)
     else:
         lines.append("it ended before it began an attempt; what it printed above says why")
     lines.append("Once the cause is removed, run the same command again: finished stages are skipped")
@@ -204,5 +248,5 @@ def _seconds(run: Run) -> float:
     done = read_done(run)
     if "seconds" in done:
         return float(done["seconds"])
-    began = read_json(run.path / "attempts" / str(attempt_numbers(run.path)[-1]) / "plan.json", "how an attempt began")["started_at"]
+    began = read_json(run.path / ATTEMPTS / str(attempt_numbers(run.path)[-1]) / "plan.json", "how an attempt began")["started_at"]
     return (_time(done) - datetime.fromisoformat(began)).total_seconds()

@@ -208,3 +208,9 @@ def test_the_heart_beats_until_the_end(run: Run, monkeypatch) -> None:
     os.utime(attempt.path / "heartbeat", (1, 1))
     time.sleep(0.05)
     assert (attempt.path / "heartbeat").stat().st_mtime == 1
+
+
+def test_a_disk_that_refuses_is_named(run: Run) -> None:
+    (run.path / "attempts").write_text("a file stands in the way")
+    with pytest.raises(RunError, match=r"text: no attempt can begin: \[Errno 17\] File exists: .*attempts'; make room on its disk"):
+        begin_attempt(run)

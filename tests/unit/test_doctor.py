@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -25,9 +26,10 @@ from megatron_ext.launch import doctor_deep, doctor_machine
 from megatron_ext.launch.doctor import examine
 from megatron_ext.launch.findings import Finding, findings_text
 from megatron_ext.launch.graph import Graph, with_overrides
-from megatron_ext.runs import open_run, write_json, write_run
+from megatron_ext.runs import mark_done, open_run, write_json, write_run
 from recipes import clusters, demo, models, octothinker
 from tests.small_checkpoints import write_files
+from tests.unit.test_tree import parent_at, trained, write_all
 
 SMOKE = demo.smoke()
 LARGE = octothinker.llama_8b()
@@ -121,6 +123,7 @@ def test_every_run_folder_with_another_recipe_is_named(tmp_path: Path) -> None:
     for stage in other.stages[:2]:
         parents = {role: tmp_path / "smoke" / parent for parent, child, role in SMOKE.edges() if child == stage.name}
         write_run(tmp_path / "smoke" / stage.name, "smoke", stage, parents)
+        (tmp_path / "smoke" / stage.name / "attempts" / "1").mkdir(parents=True)
     found = problems(examine(SMOKE, None, tmp_path), "run folder")
     assert [one.stage for one in found] == ["text", "tokenizer"]
     assert "seed: 1 -> 20250625" in found[0].found
@@ -162,6 +165,61 @@ def test_a_checkpoint_without_its_manifest(tmp_path: Path) -> None:
     (base / "checkpoints" / "iter_0000006" / "manifest.json").write_text("{}")
     (found,) = problems(examine(graph, None, tmp_path), "resume")
     assert "has no readable manifest" in found.found
+
+
+def test_a_parent_that_was_trained_again_is_a_warning(tmp_path: Path) -> None:
+    runs = write_all(tmp_path / "smoke")
+    checkpoint = trained(runs["stable"], 12, 4.0)
+    trained(runs["decay_long"], 8, 3.0, parent_at(runs["stable"], 12, "branch", checkpoint))
+    for run in runs.values():
+        mark_done(run, {})
+    assert problems(examine(SMOKE, None, tmp_path), "start") == []
+    shutil.rmtree(checkpoint)
+    trained(runs["stable"], 12, 4.5, learning_rate=9.0)
+    (found,) = problems(examine(SMOKE, None, tmp_path), "start")
+    assert (found.level, found.stage) == ("warning", "decay_long")
+    assert "is not the one that it started from" in found.found
+    assert str(runs["decay_long"].path) in found.way_out
+
+
+def test_a_start_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    graph = with_overrides(SMOKE, ["decay_long.start.tokens=2048"])
+    runs = write_all(tmp_path / "smoke", graph)
+    plan = to_json(SMOKE.stage("stable").plan)
+    trained(runs["stable"], 2, 5.0, optimizer_layout="none", plan=plan)
+    assert problems(examine(graph, None, tmp_path), "start") == []  # the parent may come to it yet
+    trained(runs["stable"], 12, 4.0, plan=plan)  # past it
+    (found,) = problems(examine(graph, None, tmp_path), "start")
+    assert (found.level, found.stage) == ("error", "decay_long")
+    assert "starts from 'stable' at 2,048 tokens, but " in found.found
+    assert "checkpoints holds 1,024, 6,144 tokens. Name a point that is there, or remove" in found.found
+    weightless = with_overrides(SMOKE, ["decay_long.start.tokens=1024"])
+    (found,) = problems(examine(weightless, None, tmp_path), "start")
+    assert "iter_0000002 holds weights only. Way out: branch from 6,144 tokens, or start with Weights(...)" in found.found
+    trained(runs["decay_long"], 1, 5.0, plan=plan)  # it goes on from its own
+    assert problems(examine(graph, None, tmp_path), "start") == []
+
+
+def test_a_finished_parent_without_its_last_checkpoint(tmp_path: Path) -> None:
+    runs = write_all(tmp_path / "smoke")
+    assert problems(examine(SMOKE, None, tmp_path), "start") == []
+    mark_done(runs["base"], {})
+    (found,) = problems(examine(SMOKE, None, tmp_path), "start")
+    assert "stage 'stable' starts from 'base' at its last checkpoint, but" in found.found
+    assert "holds no checkpoint that can be read" in found.found
+    path = trained(runs["base"], 6, 5.0, optimizer_layout="none")
+    assert problems(examine(SMOKE, None, tmp_path), "start") == []  # weights are all that it asks for
+    (path.parent / "latest_checkpointed_iteration.txt").write_text("x")
+    (found,) = problems(examine(SMOKE, None, tmp_path), "start")
+    assert "holds 'x', not an iteration" in found.found
+
+
+def test_a_runs_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for runs, why in ((tmp_path / "file", f"{tmp_path}/file is a file, not a folder"), (Path("/proc/x"), "")):
+        (found,) = problems(examine(SMOKE, None, runs), "writing")
+        assert (found.level, why in found.found) == ("error", True)
+        assert "name another --runs" in found.way_out
 
 
 def test_a_stage_that_is_at_work_and_one_of_other_code(tmp_path: Path) -> None:

@@ -64,9 +64,17 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(
+            DataError, match=rf"{tmp_path}: cannot write indices here \(No space left on device\); .*run: megatron-ext prepare"
+        ):
             make(tmp_path).arrays(WHAT, numbers)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_root_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "indices").write_text("")
+    with pytest.raises(DataError, match=rf"{tmp_path}/indices: cannot write indices here \("):
+        make(tmp_path / "indices").arrays(WHAT, numbers)
 
 
 def test_what_a_killed_builder_left_is_removed_after_a_day(tmp_path):

@@ -19,6 +19,7 @@ import pytest
 
 from megatron_ext.__main__ import main
 from megatron_ext.attempts import TAKE_OVER, begin_attempt
+from megatron_ext.config.base import to_json
 from megatron_ext.config.stages import Source, TokenizeStage
 from megatron_ext.errors import ConfigError, DataError, LaunchError, RunError
 from megatron_ext.launch import local
@@ -28,10 +29,11 @@ from megatron_ext.launch.local import launch_local, run_stage, summary_text
 from megatron_ext.launch.ranks import THREAD_VARIABLES, Permissions, torchrun_command
 from megatron_ext.launch.tree import state, tree_text
 from megatron_ext.launch.verbs import attempt_codes, check_code, open_for
+from megatron_ext.provenance import CorpusIndex
 from megatron_ext.runs import Run, mark_done, open_run, write_json, write_run
 from megatron_ext.snapshot import PACKAGE, code_hash, files_hash, source_files, take_snapshot
 from recipes import demo, octothinker
-from tests.unit.test_tree import trained, write_all
+from tests.unit.test_tree import parent_at, trained, write_all
 
 SMOKE = demo.smoke()
 TEXT = with_overrides(
@@ -190,13 +192,93 @@ def test_a_failed_attempts_log_and_rank_errors_are_shown(tmp_path: Path) -> None
     (attempt.path / "rank_00002.error.txt").write_text("Traceback\nValueError: two\n")
     os.utime(attempt.path / "rank_00002.error.txt", (1, 1))
     (attempt.path / "rank_00001.error.txt").write_text("Traceback\nConnectionError: one\n")
-    message = local._failure(open_run(tmp_path / "text"), -9, before=[])
+    message = local._failure(open_run(tmp_path / "text"), -9, attempt=1)
     assert message.startswith("stage 'text' ended by signal SIGKILL\n")
     assert f"the last 20 lines of {attempt.log_path}:\n  | line 30\n" in message
     assert "  | ValueError: two\n" in message  # the rank that failed first
     assert "ConnectionError" not in message
     assert f"see also {attempt.path / 'rank_00001.error.txt'}" in message
     assert "attempt 1 left no word of its end" in message
+
+
+def ended(*before: int, run: Run, program: str) -> tuple[int, int | None]:
+    """How a stage's process ends that is this program, and which attempt is its own."""
+    child = subprocess.Popen([sys.executable, "-c", program, str(run.path)], env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)})
+    return local._wait(run, child, list(before))
+
+
+BEGIN = (
+    "import sys; from megatron_ext.attempts import begin_attempt; from megatron_ext.runs import open_run; "
+    "begin_attempt(open_run(sys.argv[1]))"
+)
+RANK = (  # begins once it was seen
+    "import os, sys, time\nend = time.monotonic() + 60\n"
+    "while not os.path.exists(sys.argv[1] + '/seen') and time.monotonic() < end: time.sleep(0.02)\n" + BEGIN
+)
+AS_RANK = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {RANK!r}, sys.argv[1]], start_new_session=True))"
+
+
+def test_only_an_attempt_of_its_own_counts_as_a_stages_failure(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "text", "g", TEXT.stages[0], {})
+    other = begin_attempt(run)  # of this process, which lives: another launcher's
+    assert ended(run=run, program=BEGIN) == (1, None)  # refused, while the other's attempt is new
+    assert "attempt 1" not in local._failure(run, 1, None)
+    assert "it ended before it began an attempt; what it printed above says why" in local._failure(run, 1, None)
+    other.finish("failed")
+    assert ended(run=run, program=BEGIN) == (0, 2)
+    assert ended(1, 2, run=run, program="pass") == (0, None)
+
+
+def test_the_attempt_of_a_rank_in_a_session_of_its_own_is_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "text", "g", TEXT.stages[0], {})
+    look = local._own_attempt
+
+    def look_and_tell(run: Run, family: set[int], before: list[int]) -> int | None:
+        if len(family) > 1:  # a rank begins its attempt long after it was started
+            (run.path / "seen").touch()
+        return look(run, family, before)
+
+    monkeypatch.setattr(local, "_own_attempt", look_and_tell)
+    monkeypatch.setattr(local, "LOOK_SECONDS", 0.05)
+    assert ended(run=run, program=AS_RANK) == (0, 1)
+
+
+def test_a_fenced_attempt_reports_itself_and_not_the_one_that_fenced_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "text", "g", TEXT.stages[0], {})
+    program = f"{BEGIN}.finish('failed'); begin_attempt = None; import os; os.makedirs(sys.argv[1] + '/attempts/2'); " + (
+        "open(sys.argv[1] + '/attempts/2/plan.json', 'w').write('{\"pid\": 1, \"host\": \"elsewhere\"}')"
+    )
+    assert ended(run=run, program=program) == (0, 1)
+
+
+def test_a_child_of_a_parent_that_was_trained_again_is_not_skipped_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = replace(SMOKE, stages=SMOKE.stages[:-1])
+    runs = write_all(tmp_path / "smoke", graph)
+    checkpoint = trained(runs["stable"], 12, 4.0)
+    trained(runs["decay_long"], 8, 3.0, parent_at(runs["stable"], 12, "branch", checkpoint))
+    for run in runs.values():
+        mark_done(run, {"seconds": 1.0})
+    corpus = CorpusIndex(tokenizer_hash="", tokenizer_path="t", vocab_size=512, eod_id=0, bos=False, sources={})
+    write_json(runs["corpus"].path / "corpus.json", to_json(corpus))
+    launch_local(graph, tmp_path, None)
+    assert "although" not in capsys.readouterr().out
+    shutil.rmtree(checkpoint)
+    trained(runs["stable"], 12, 4.5, learning_rate=9.0)
+    launch_local(graph, tmp_path, None)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "although" in line]
+    assert "decay_long: train, done before, skipped, although its parent checkpoint " in line
+    assert "is not the one that it started from" in line
+    assert "and launch again to train it from what its parent holds now" in line
+
+
+def test_a_start_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    runs = write_all(tmp_path / "smoke")
+    trained(runs["stable"], 12, 4.0)
+    mark_done(runs["stable"], {})
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    with pytest.raises(LaunchError, match=r"stage 'decay_long' starts from 'stable' at 2,048 tokens, but .* holds 6,144 tokens\."):
+        launch_local(with_overrides(SMOKE, ["decay_long.start.tokens=2048"]), tmp_path, None)
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
 
 
 def test_a_report_is_drawn_again_when_what_it_reads_is_newer(tmp_path: Path) -> None:

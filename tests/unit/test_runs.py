@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_ext.__main__ import main
+from megatron_ext.attempts import begin_attempt
 from megatron_ext.config.stages import TrainStage, inputs
 from megatron_ext.errors import RunError
 from megatron_ext.launch.graph import Graph, with_overrides
@@ -54,6 +57,7 @@ def test_the_plan_may_change_and_the_science_may_not(tmp_path: Path) -> None:
     write_all(tmp_path, with_overrides(SMOKE, ["stable.plan.save_every_steps=3"]))
     changed = open_run(tmp_path / "stable")
     assert (changed.stage.plan.save_every_steps, changed.science_hash) == (3, before)
+    begin_attempt(changed)
     with pytest.raises(RunError, match=r"stable: this run was begun with another recipe.*\n  budget.steps: 12 -> 13\n.*--runs"):
         write_all(tmp_path, with_overrides(SMOKE, ["stable.budget.steps=13"]))
     assert open_run(tmp_path / "stable").stage.budget.steps == 12
@@ -61,11 +65,49 @@ def test_the_plan_may_change_and_the_science_may_not(tmp_path: Path) -> None:
 
 def test_what_a_run_was_made_from_is_part_of_its_identity(tmp_path: Path) -> None:
     runs = write_all(tmp_path / "a")
+    begin_attempt(runs["stable"])
     other = write_all(tmp_path / "b", with_overrides(SMOKE, ["base.seed=1"]))
     assert runs["corpus"].science_hash == other["corpus"].science_hash
     assert runs["decay_long"].science_hash != other["decay_long"].science_hash
     with pytest.raises(RunError, match=r"inputs.start: \"[0-9a-f]{12}\" -> \"[0-9a-f]{12}\""):
         refuse_other_science(tmp_path / "a" / "stable", SMOKE.stage("stable"), {"start": "0" * 64, "corpus": runs["corpus"].science_hash})
+
+
+def test_a_folder_that_was_never_begun_takes_another_recipe(tmp_path: Path) -> None:
+    before = write_all(tmp_path)["stable"]
+    after = write_all(tmp_path, with_overrides(SMOKE, ["stable.budget.steps=13"]))
+    assert open_run(before.path).stage.budget.steps == 13
+    assert after["decay_long"].input_hashes["start"] == after["stable"].science_hash != before.science_hash
+
+
+@pytest.mark.parametrize("sign", ["attempts/1", "checkpoints"])
+def test_a_sign_of_work_keeps_the_recipe(tmp_path: Path, sign: str) -> None:
+    (write_all(tmp_path)["stable"].path / sign).mkdir(parents=True)
+    with pytest.raises(RunError, match="stable: this run was begun with another recipe"):
+        write_all(tmp_path, with_overrides(SMOKE, ["stable.budget.steps=13"]))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "text", Path("/proc/x/text")):
+        with pytest.raises(RunError, match=rf"{path}: the run folder cannot be written \(.*or name another --runs"):
+            write_run(path, "smoke", SMOKE.stage("text"), {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # as a disk that is full: folders can be made, and nothing be written
+        with pytest.raises(RunError, match=rf"{tmp_path}/text: the run folder cannot be written \("):
+            write_run(tmp_path / "text", "smoke", SMOKE.stage("text"), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_runs_folder_that_cannot_be_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for runs in (str(tmp_path / "file"), "/proc/x"):
+        assert main(["launch", "demo:smoke", "--local", "--runs", runs]) == 2
+        error = capsys.readouterr().err
+        assert runs in error
+        assert "name another --runs" in error
 
 
 def test_refusing_reads_and_writes_nothing(tmp_path: Path) -> None:

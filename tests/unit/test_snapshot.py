@@ -119,6 +119,13 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / ".code").iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for runs in (tmp_path / "file", Path("/proc/x")):
+        with pytest.raises(RunError, match=rf"{runs}/.code/[0-9a-f]+: .* cannot be written \(.*mend the permissions of {runs}"):
+            take_snapshot(runs)
+
+
 def test_a_folder_that_pythons_path_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="':' in this path would end it inside PYTHONPATH"):
         take_snapshot(tmp_path / "a:b")
