@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def read_metrics(path: Path, kind: str | None = None) -> list[Record]:
         return [record for _, record in kept]
     last = {(r["kind"], r["step"], r.get("source"), era if r["kind"] in STARTS else None): r for era, r in kept}
     return list(last.values())
+
+
+def attempt_steps(records: list[Record], start_step: int, end_step: int) -> list[tuple[int, int, int]]:
+    """Attempt, first and last of its steps that no later one of `records` did again, within (start_step, end_step]."""
+    begins: dict[int, int] = {}
+    for one in records:
+        if one["kind"] in STARTS:
+            begins[one["attempt"]] = min(one["step"], begins.get(one["attempt"], one["step"]))
+    marks = [*sorted(begins.items()), (0, end_step)]
+    clipped = [(attempt, max(begin, start_step) + 1, min(last, end_step)) for (attempt, begin), (_, last) in pairwise(marks)]
+    return [(attempt, first, last) for attempt, first, last in clipped if first <= last]
 
 
 def _eras(records: list[Record]) -> list[tuple[int, int]]:

@@ -9,7 +9,6 @@ import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from megatron_ext.config.stages import TokenizeStage, TrainStage, science
 from megatron_ext.errors import RunError
 from megatron_ext.launch.joints import Joint, checkpoint_path, joint_of, latest_iteration, rate_words, readable_manifest
 from megatron_ext.launch.verbs import attempt_codes
-from megatron_ext.metrics import STARTS, read_metrics
+from megatron_ext.metrics import attempt_steps, read_metrics
 from megatron_ext.provenance import CORPUS, MANIFEST, CorpusIndex, Manifest, file_sha256, read_corpus, read_manifest, read_sidecar
 from megatron_ext.runs import ATTEMPTS, PROVENANCE, RECIPE, Run, attempt_numbers, differences, open_run, read_json
 from megatron_ext.snapshot import Files, code_words, snapshot_path, source_files
@@ -164,15 +163,8 @@ def _other_plans(side: Side) -> list[Json]:
 def _standing(run: Run, end_step: int | None) -> list[tuple[int, int, int]]:
     """Attempt, first and last of its steps that no later attempt did again, up to `end_step` or the last one that is recorded."""
     records = read_metrics(run.metrics_path)
-    begins: dict[int, int] = {}
-    for one in records:
-        if one["kind"] in STARTS:
-            begins[one["attempt"]] = min(one["step"], begins.get(one["attempt"], one["step"]))
     done = max((one["step"] for one in records if one["kind"] != "stop"), default=0)  # a step that stopped the stage was not done
-    end = done if end_step is None else end_step
-    marks = [*sorted(begins.items()), (0, end)]
-    clipped = [(attempt, begin + 1, min(last, end)) for (attempt, begin), (_, last) in pairwise(marks)]
-    return [(attempt, first, last) for attempt, first, last in clipped if first <= last]
+    return attempt_steps(records, 0, done if end_step is None else end_step)
 
 
 def _data(side: Side) -> Json:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 from megatron_ext.attempts import RECORD
 from megatron_ext.config.base import Json, to_json
-from megatron_ext.metrics import STARTS, Record, read_metrics
+from megatron_ext.metrics import Record, attempt_steps, read_metrics
 from megatron_ext.runs import ATTEMPTS, Run, read_json
 from megatron_ext.snapshot import code_hash
 
@@ -73,7 +73,8 @@ def causes(run: Run, record: Record, start_step: int, step: int) -> list[str]:
 
     One line for attempts in a row that were alike. Only what can change what is computed counts of a plan.
     """
-    rows = [(_other_words(run, attempt), attempt, first, last) for attempt, first, last in _attempts(run, record, start_step, step)]
+    led = [one for one in read_metrics(run.metrics_path) if one["attempt"] <= record["attempt"]]  # to the record; later ones did not
+    rows = [(_other_words(run, attempt), attempt, first, last) for attempt, first, last in attempt_steps(led, start_step, step)]
     lines = []
     for words, alike in groupby(rows, lambda row: row[0]):
         same = list(alike)
@@ -83,17 +84,6 @@ def causes(run: Run, record: Record, start_step: int, step: int) -> list[str]:
         if words:
             lines.append(f"{steps} computed by {attempts} {words}")
     return lines
-
-
-def _attempts(run: Run, record: Record, start_step: int, step: int) -> list[tuple[int, int, int]]:
-    """Attempt, first and last step of what leads from the replay's start to the record; what came after the record's attempt does not."""
-    begins: dict[int, int] = {}
-    for one in read_metrics(run.metrics_path):
-        if one["kind"] in STARTS and one["attempt"] <= record["attempt"]:
-            begins[one["attempt"]] = min(one["step"], begins.get(one["attempt"], step))
-    marks = [*sorted(begins.items()), (0, step)]
-    clipped = [(attempt, max(begin, start_step) + 1, min(end, step)) for (attempt, begin), (_, end) in pairwise(marks)]
-    return [(attempt, first, last) for attempt, first, last in clipped if first <= last]
 
 
 def _other_words(run: Run, attempt: int) -> str:
