@@ -62,7 +62,10 @@ def _candidates(folder: Path, found: list[str]) -> list[int]:
     except DamagedCheckpointError as problem:
         found.append(str(problem))
         tracked = None
-    return [i for i in there if (tracked is None or i <= tracked) and not _is_thinned(folders.iteration_path(folder, i))]
+    usable = [i for i in there if (tracked is None or i <= tracked) and not _is_thinned(folders.iteration_path(folder, i))]
+    if there and not usable:  # a start from nothing would write over them
+        found.append(f"{folder}: its checkpoints hold weights without optimizer state; a new stage can start from them with Weights(...)")
+    return usable
 
 
 def _is_thinned(path: Path) -> bool:

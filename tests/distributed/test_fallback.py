@@ -16,6 +16,7 @@ import pytest
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.verify import verify
 from megatron_ext.config.stages import Branch
+from megatron_ext.provenance import read_manifest, write_manifest
 from megatron_ext.runs import Run, write_run
 from tests import layouts, training_runs
 from tests.small_corpus import train_run, write_corpus
@@ -117,6 +118,16 @@ def test_training_stops_where_none_is_whole(interrupted):
     with pytest.raises(AssertionError, match=r"no checkpoint of stage 'killed' is whole:(\s.*common\.pt.*){3}\sBring one back from a copy"):
         training_runs.trace(run)
     assert len(folders.published(run.checkpoints_path)) == 3  # nothing was removed, and nothing begun from scratch
+
+
+def test_weights_alone_are_not_written_over(interrupted):
+    run, _ = copied(interrupted, "weights alone")
+    for iteration in (2, 3, 4):
+        path = folders.iteration_path(run.checkpoints_path, iteration)
+        write_manifest(path, replace(read_manifest(path), optimizer_layout="none"))
+    with pytest.raises(AssertionError, match=r"no checkpoint of stage 'killed' is whole:\s.*hold weights without optimizer state"):
+        training_runs.trace(run)
+    assert folders.published(run.checkpoints_path) == [2, 3, 4]
 
 
 # ---- parents
