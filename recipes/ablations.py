@@ -11,7 +11,7 @@ from dataclasses import replace
 from megatron_ext.config.budget import nearest_budget
 from megatron_ext.config.mixture import Mixture
 from megatron_ext.config.schedule import Schedule
-from megatron_ext.config.stages import Branch, ConvertStage, ReportStage, TokenizeStage, TrainStage, Weights
+from megatron_ext.config.stages import Branch, ReportStage, TokenizeStage, TrainStage, Weights
 from megatron_ext.launch.graph import Graph
 from recipes import mixtures, models, octothinker
 from recipes.mixtures import mix
@@ -26,7 +26,7 @@ PILOT = nearest_budget(10 * BILLION, SEQUENCES, LENGTH)  # 2,384 steps
 PILOT_START_TOKENS = octothinker.STABLE.tokens_before(octothinker.STABLE.nearest_step(130 * BILLION))
 
 CORPUS = TokenizeStage(name="corpus", sources=mixtures.ABLATION_SOURCES, tokenizer=octothinker.TOKENIZER)
-LLAMA = ConvertStage(name="llama", model_id="meta-llama/Llama-3.2-3B", model=models.llama_3_2_3b())
+LLAMA = octothinker.llama_3b().stage("llama")
 
 # Section 3.1: 20B tokens, cosine from 3e-5 to 3e-6, no warm-up.
 WEB_PRO = TrainStage(

@@ -53,23 +53,31 @@ def qwen2_5_1_5b() -> ModelConfig:
     """
     return ModelConfig(
         name="qwen2_5_1_5b",
+        family="qwen2",
         num_layers=28,
         hidden_size=1536,
         ffn_hidden_size=8960,
         num_attention_heads=12,
         num_query_groups=2,
         vocab_size=151_936,
-        max_positions=32_768,  # the context it was trained at (Qwen2.5 technical report, table 1)
+        max_positions=131_072,
         rope_base=1_000_000.0,
         tied_embeddings=True,
-        qkv_bias=True,
         norm_epsilon=1e-6,
     )
 
 
 def qwen2_5_3b() -> ModelConfig:
     """Qwen2.5-3B: 3,085,938,688 parameters; the paper's RL comparison."""
-    return replace(qwen2_5_1_5b(), name="qwen2_5_3b", num_layers=36, hidden_size=2048, ffn_hidden_size=11_008, num_attention_heads=16)
+    return replace(
+        qwen2_5_1_5b(),
+        name="qwen2_5_3b",
+        num_layers=36,
+        hidden_size=2048,
+        ffn_hidden_size=11_008,
+        num_attention_heads=16,
+        max_positions=32_768,
+    )
 
 
 def qwen2_5_7b() -> ModelConfig:
@@ -82,7 +90,6 @@ def qwen2_5_7b() -> ModelConfig:
         num_attention_heads=28,
         num_query_groups=4,
         vocab_size=152_064,
-        max_positions=131_072,
         tied_embeddings=False,
     )
 

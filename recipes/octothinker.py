@@ -17,6 +17,12 @@ from megatron_ext.config.stages import Branch, ConvertStage, ReportStage, Tokeni
 from megatron_ext.launch.graph import Graph
 from recipes import mixtures, models
 
+# What the hub held when this was written: a branch may move, a commit does not.
+REVISIONS = {
+    "meta-llama/Llama-3.2-1B": "4e20de362430cd3b72f300e6b0f18e50e7166e08",
+    "meta-llama/Llama-3.2-3B": "13afe5124825b4f3751f836b40dafda64c1ed062",
+    "meta-llama/Llama-3.1-8B": "d04e592bb4f6aa9cfee91e2e20afa771667e1d4b",
+}
 TOKENIZER = "assets/Llama-3.2-3B"  # a folder with tokenizer.json; Llama 3.1 and 3.2 share it
 
 # Table 4 and section 3.1. 512 x 8,192 = 4,194,304 tokens a step: 209.7B and 20.97B tokens, named 200B and 20B.
@@ -66,7 +72,7 @@ def in_fp8(graph: Graph) -> Graph:
 
 def _graph(name: str, model: ModelConfig, model_id: str, peak: float, plan: TrainPlan) -> Graph:
     corpus = TokenizeStage(name="corpus", sources=mixtures.SOURCES, tokenizer=TOKENIZER)
-    llama = ConvertStage(name="llama", model_id=model_id, model=model)
+    llama = ConvertStage(name="llama", model_id=model_id, model=model, revision=REVISIONS[model_id])
     stable = TrainStage(
         name="stable",
         start=Weights(stage="llama"),

@@ -55,7 +55,7 @@ def memory_of_stage(model: ModelConfig, budget: Budget, precision: Precision, pl
     """Memory of a GPU of pipeline stage `stage`."""
     parameters = parameters_per_gpu(model, plan, stage)
     shards = plan.data_parallel * plan.context if plan.distributed_optimizer else 1
-    matrices = (model.num_layer_parameters - 2 * model.hidden_size) * model.num_layers // (plan.tensor * plan.pipeline)
+    matrices = (model.num_layer_parameters - model.num_layer_norm_parameters) * model.num_layers // (plan.tensor * plan.pipeline)
     return Memory(
         # FP8 keeps BF16 weights, and of each layer's matrices an FP8 copy and its transpose.
         weights_bytes=_element_bytes(precision) * parameters + (2 * matrices if precision == "fp8" else 0),
@@ -81,7 +81,7 @@ def parameters_per_gpu(model: ModelConfig, plan: TrainPlan, stage: int) -> int:
     layers / pipeline x (matrices / t + two norms), the embedding / t on the first stage, the head / t
     and the last norm on the last. Tied embeddings are one matrix on one stage, a copy each on two.
     """
-    norms = 2 * model.hidden_size
+    norms = model.num_layer_norm_parameters
     layers = model.num_layers // plan.pipeline * ((model.num_layer_parameters - norms) // plan.tensor + norms)
     embedding = model.num_embedding_parameters // plan.tensor
     first, last = stage == 0, stage == plan.pipeline - 1
@@ -169,10 +169,16 @@ def files_per_checkpoint(plan: TrainPlan) -> int:
 
 
 def pinned_steps(budget: Budget, plan: TrainPlan) -> tuple[int, ...]:
-    """Steps whose checkpoints are never removed: `pin_tokens`, nearest to each multiple of `pin_every_tokens`, and the last."""
+    """Steps whose checkpoints are never removed: `pin_tokens`, nearest to each multiple of `pin_every_tokens`, exported ones, the last."""
     multiples = range(plan.pin_every_tokens, budget.tokens + 1, plan.pin_every_tokens) if plan.pin_every_tokens else ()
-    named = {budget.step_at(tokens) for tokens in plan.pin_tokens}
+    named = {budget.step_at(tokens) for tokens in plan.pin_tokens} | set(export_steps(budget, plan))
     return tuple(sorted({budget.nearest_step(tokens) for tokens in multiples} - {0} | named | {budget.steps}))
+
+
+def export_steps(budget: Budget, plan: TrainPlan) -> tuple[int, ...]:
+    """Steps whose checkpoints are also written as Hugging Face folders."""
+    named = {budget.step_at(tokens) for tokens in plan.export_tokens}
+    return tuple(sorted(named | ({budget.steps} if plan.export_last else set())))
 
 
 def kept_checkpoints(budget: Budget, plan: TrainPlan) -> int:

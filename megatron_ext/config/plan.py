@@ -41,6 +41,8 @@ class TrainPlan:
     save_every_steps: int = 1000
     pin_every_tokens: int = 0  # also save at the step nearest to each multiple; 0: only the interval and the end
     pin_tokens: tuple[int, ...] = ()  # also save at these steps; a graph adds the points that its stages start from
+    export_tokens: tuple[int, ...] = ()  # write Hugging Face folders of these points beside the training; each is pinned too
+    export_last: bool = False  # and of the stage's last checkpoint
     validate_every_steps: int = 1000
     validation_sequences: int = 64  # held-out sequences per source
     asynchronous_saves: bool = False  # write from a copy in memory while training goes on
@@ -57,8 +59,9 @@ class TrainPlan:
         for key in ("loader_workers", "pin_every_tokens", "validation_sequences"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"plan: {key} is {getattr(self, key)}, must not be negative")
-        if any(tokens < 1 for tokens in self.pin_tokens):
-            raise ConfigError(f"plan: pin_tokens is {list(self.pin_tokens)}, but nothing is saved before step 1; name tokens above 0")
+        for key in ("pin_tokens", "export_tokens"):
+            if any(tokens < 1 for tokens in getattr(self, key)):
+                raise ConfigError(f"plan: {key} is {list(getattr(self, key))}, but nothing is saved before step 1; name tokens above 0")
         if self.num_ranks % self.model_parallel:
             raise ConfigError(
                 f"plan: nodes {self.nodes} x ranks_per_node {self.ranks_per_node} = {self.num_ranks} ranks is no multiple of "

@@ -159,8 +159,11 @@ class ConvertStage:
     """A Hugging Face model into a Megatron checkpoint."""
 
     name: str
-    model_id: str
-    model: ModelConfig
+    model_id: str  # a folder, or an id on the hub
+    model: ModelConfig  # what its config.json must say
+    revision: str | None = None  # of a hub id: a commit, or what moves, a branch or tag; the commit is recorded
+    allow_pickle: bool = False  # read .bin files where there are no safetensors
+    resize_vocabulary: bool = False  # give rows to ids that the tokenizer has and the embedding lacks
     kind: Literal["convert"] = "convert"
     plan: WorkersPlan = WorkersPlan()
 
@@ -191,11 +194,12 @@ class TrainStage:
                 f"stage {self.name}: documents.attention='within' is available with plan.device=cpu only: Transformer Engine's causal "
                 f"attention ignores the mask that keeps documents apart; use attention='across', or plan.device=cpu with precision=fp32"
             )
-        for tokens in self.plan.pin_tokens:
-            try:
-                self.budget.step_at(tokens)
-            except ConfigError as error:
-                raise ConfigError(f"stage {self.name}: plan.pin_tokens: {error}") from None
+        for key in ("pin_tokens", "export_tokens"):
+            for tokens in getattr(self.plan, key):
+                try:
+                    self.budget.step_at(tokens)
+                except ConfigError as error:
+                    raise ConfigError(f"stage {self.name}: plan.{key}: {error}") from None
         if self.schedule.warmup_tokens > self.budget.tokens:
             raise ConfigError(
                 f"stage {self.name}: warmup_tokens {self.schedule.warmup_tokens:,} exceed the stage's {self.budget.tokens:,} tokens"

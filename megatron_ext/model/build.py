@@ -53,7 +53,7 @@ def build_model(model: ModelConfig, precision: Precision, groups: Groups, seed: 
             parallel_output=True,
             share_embeddings_and_output_weights=model.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=int(model.rope_base),
+            rotary_base=model.rope_base,
             rope_scaling=model.rope_scaling_factor != 1.0,
             rope_scaling_factor=model.rope_scaling_factor,
             pg_collection=groups.collection,
@@ -102,6 +102,7 @@ def transformer_config(model: ModelConfig, precision: Precision, plan: TrainPlan
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_std,
@@ -147,13 +148,16 @@ def _recompute(plan: TrainPlan) -> dict[str, Any]:
 
 def _layer_spec(settings: TransformerConfig, plan: TrainPlan, stage: int | None, groups: Groups) -> Any:
     if plan.device == "gpu" and not groups.rehearsed:
-        return get_gpt_layer_with_transformer_engine_spec()
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=settings.qk_layernorm)
     from megatron_ext.model.layers import CoreAttention, RMSNorm
 
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=settings.qk_layernorm)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if settings.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     count = get_num_layers_to_build(settings, vp_stage=stage, pp_rank=groups.pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 

@@ -20,11 +20,12 @@ from tests import ranks
 from tests.layouts import CPU, LAYOUTS, SEED, Observed, observe_layout, observed, parts, whole
 from tests.training_runs import MODEL
 
-UNTIED = replace(MODEL, tied_embeddings=False, qkv_bias=True, head_dim=16, init_std=0.1)
+UNTIED = replace(MODEL, tied_embeddings=False, family="qwen2", head_dim=16, init_std=0.1)
 VARIANTS = {
     "tied": MODEL,
     "untied": replace(MODEL, tied_embeddings=False),
-    "qkv bias": replace(MODEL, qkv_bias=True),
+    "qkv bias": replace(MODEL, family="qwen2"),
+    "qk norm": replace(MODEL, family="qwen3"),
     "wide heads": replace(MODEL, head_dim=16),
     "untied, qkv bias, wide heads": UNTIED,
     "one group": replace(MODEL, num_query_groups=1),

@@ -28,7 +28,7 @@ def test_parameter_counts_are_the_published_ones(name, parameters):
     assert model.num_parameters == parameters
     assert model.padded_vocab_size == model.vocab_size  # each is a multiple of 128: padding adds nothing
     assert dataclasses.replace(model, tied_embeddings=not model.tied_embeddings).num_parameters != parameters
-    assert dataclasses.replace(model, qkv_bias=not model.qkv_bias).num_parameters != parameters
+    assert dataclasses.replace(model, family="llama" if model.qkv_bias else "qwen2").num_parameters != parameters
 
 
 def test_rotary_embeddings_of_the_families():
@@ -41,7 +41,7 @@ def test_rotary_embeddings_of_the_families():
         "llama_3_2_1b": (500_000.0, 32.0, 131_072, 1e-5),
         "llama_3_2_3b": (500_000.0, 32.0, 131_072, 1e-5),
         "llama_3_1_8b": (500_000.0, 8.0, 131_072, 1e-5),
-        "qwen2_5_1_5b": (1_000_000.0, 1.0, 32_768, 1e-6),
+        "qwen2_5_1_5b": (1_000_000.0, 1.0, 131_072, 1e-6),
         "qwen2_5_3b": (1_000_000.0, 1.0, 32_768, 1e-6),
         "qwen2_5_7b": (1_000_000.0, 1.0, 131_072, 1e-6),
     }
@@ -65,7 +65,9 @@ def test_parameters_by_hand():
     assert model.padded_vocab_size == 128
     assert model.num_parameters == 2 * 784 + 2 * 128 * 8 + 8
     assert tiny(tied_embeddings=True).num_parameters == 2 * 784 + 128 * 8 + 8
-    assert tiny(qkv_bias=True).num_layer_parameters == 784 + 16
+    assert tiny(family="qwen2").num_layer_parameters == 784 + 16
+    assert tiny(family="qwen3").num_layer_parameters == 784 + 2 * 2
+    assert tiny(family="mistral").num_layer_parameters == 784
     assert tiny(head_dim=4).num_layer_parameters == 8 * (16 + 16) + 16 * 8 + 576 + 16
 
 
@@ -86,6 +88,12 @@ def test_flops_of_llama_3b_at_8k():
         ({"num_query_groups": 3}, "num_attention_heads 4 is not a multiple of num_query_groups 3"),
         ({"hidden_size": 10}, "hidden_size 10 is not a multiple of num_attention_heads 4; set head_dim"),
         ({"num_layers": 0}, "num_layers is 0, must be at least 1"),
+        ({"head_dim": 3}, "a head has 3 channels; RoPE rotates pairs, so make it even"),
+        ({"head_dim": 0}, "a head has 0 channels"),
+        ({"rope_base": 1.0}, "rope_base is 1.0, must be more than 1"),
+        ({"rope_base": float("nan")}, "rope_base is nan, must be more than 1"),
+        ({"rope_scaling_factor": 0.5}, "rope_scaling_factor is 0.5, must be at least 1"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon is 0.0, must lie between 0 and 1"),
     ],
 )
 def test_models_that_cannot_be(changes, message):
