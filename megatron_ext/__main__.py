@@ -36,10 +36,10 @@ def launch(arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     """Print what a recipe costs."""
     from megatron_ext.launch.load import load_graph
-    from megatron_ext.launch.plan import plan_rows, plan_text
+    from megatron_ext.launch.plan import plan_json, plan_text
 
     graph, cluster = load_graph(arguments.recipe, arguments.overrides, arguments.cluster)
-    print(json.dumps(plan_rows(graph, cluster), indent=2) if arguments.json else plan_text(graph, cluster))
+    print(plan_json(graph, cluster) if arguments.json else plan_text(graph, cluster))
 
 
 def doctor(arguments: argparse.Namespace) -> None:
@@ -72,21 +72,17 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 CALLS: dict[str, Callable[[argparse.Namespace], None]] = {"launch": launch, "plan": plan, "doctor": doctor, "why": why}
-FUNCTIONS = {  # module:function, and the arguments that it takes
-    "tree": ("megatron_ext.launch.tree:tree_command", ("runs",)),
-    "diff": ("megatron_ext.launch.diff:diff_command", ("a", "b", "code", "json")),
-    "verify": ("megatron_ext.checkpoint.verify:verify_command", ("paths", "jobs")),
-    "gc": ("megatron_ext.checkpoint.gc:gc_command", ("runs", "dry_run", "thin")),
-}
 
 
 def call(arguments: argparse.Namespace) -> None:
     """Call what a verb stands for; a verb of neither table does the work of a run folder."""
+    from megatron_ext.launch.verbs import FUNCTIONS
+
     if arguments.verb not in FUNCTIONS:
         CALLS.get(arguments.verb, work)(arguments)
         return
     name, takes = FUNCTIONS[arguments.verb]
-    _function(name)(*(getattr(arguments, key) for key in takes))
+    _function(name)(**{key: getattr(arguments, key) for key in takes})
 
 
 def _function(name: str) -> Callable[..., None]:
@@ -97,15 +93,15 @@ def _function(name: str) -> Callable[..., None]:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command: 0 where all went well, 2 with a message where the user can put it right."""
-    from megatron_ext.launch.commands import command_parser
+    from megatron_ext.launch.commands import parse
 
-    parser = command_parser()
-    arguments, rest = parser.parse_known_args(words)
-    arguments.overrides = rest
-    if rest and ("recipe" not in arguments or any(word.startswith("-") for word in rest)):
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+    arguments = parse(words)
     try:
         call(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except MegatronExtError as error:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"error{rank}: {error}", file=sys.stderr)

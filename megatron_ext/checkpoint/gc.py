@@ -47,15 +47,15 @@ class Act:
     freed_bytes: int = 0
 
 
-def gc_command(folder: Path, dry_run: bool, thin: bool = False) -> None:
-    """Clean every run at or below `folder`; prints each act, and the sum.
+def gc_command(runs: Path, dry_run: bool, thin: bool = False) -> None:
+    """Clean every run at or below `runs`; prints each act, and the sum.
 
     `RunError` where there is no run folder; `CheckpointError`, after the rest is done, lists what could not be cleaned.
     """
-    runs = runs_below(folder)
-    starts = starts_beside(runs)
+    found = runs_below(runs)
+    starts = starts_beside(found)
     freed_bytes, failures = 0, []
-    for run in runs:
+    for run in found:
         try:
             freed_bytes += _clean(run, starts.get(run.path, set()), dry_run, thin)
         except (CheckpointError, RunError, OSError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,24 @@ from megatron_ext import __version__
 from megatron_ext.launch.ranks import Permissions
 from megatron_ext.launch.verbs import RUN_VERBS
 
+DEFAULT_PROMPT = "The sum of the first ten odd numbers is"
 
-def command_parser() -> argparse.ArgumentParser:
-    """The whole parser; `verb` says which one was given. What it does not know of `launch` and `plan` are overrides."""
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """What a command's words (None: this process's) ask for; `overrides` holds a recipe's `stage.key=value` words."""
+    given = list(sys.argv[1:] if words is None else words)
+    parser, verbs = command_parser()
+    if " ".join(given[:2]) in verbs:  # a verb of two words
+        given[:2] = [" ".join(given[:2])]
+    arguments, rest = parser.parse_known_args(given)
+    arguments.overrides = rest
+    if rest and ("recipe" not in arguments or any(word.startswith("-") for word in rest)):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    return arguments
+
+
+def command_parser() -> tuple[argparse.ArgumentParser, Sequence[str]]:
+    """The whole parser, and the verbs that it knows. What it does not know of `launch` and `plan` are overrides."""
     parser = argparse.ArgumentParser(
         prog="megatron-ext", description="OctoThinker's mid-training, from raw text to report, on Megatron-Core."
     )
@@ -21,11 +38,12 @@ def command_parser() -> argparse.ArgumentParser:
     _add_recipe_verbs(verbs)
     _add_looking_verbs(verbs)
     _add_checkpoint_verbs(verbs)
+    _add_conversion_verbs(verbs)
     for name, row in RUN_VERBS.items():
         verb = _add(verbs, name, row.text, "RUN [options]")
         verb.add_argument("run", type=Path, metavar="RUN", help="a run folder")
         _add_permissions(verb)
-    return parser
+    return parser, list(verbs.choices)
 
 
 def _add(verbs: Any, name: str, text: str, usage: str) -> argparse.ArgumentParser:
@@ -59,7 +77,7 @@ def _add_looking_verbs(verbs: Any) -> None:
     for side in ("a", "b"):
         diff.add_argument(side, type=Path, metavar=side.upper(), help="a run folder, or a checkpoint folder in one")
     diff.add_argument("--code", action="store_true", help="print the changed lines of code too, where both snapshots are there")
-    diff.add_argument("--json", action="store_true", help="as JSON")
+    diff.add_argument("--json", action="store_true", dest="as_json", help="as JSON")
     why = _add(verbs, "why", "what was in one training step: documents, loss by source, gradient by layer", "RUN --step N [--json]")
     why.add_argument("run", type=Path, metavar="RUN", help="the run folder of a training stage")
     why.add_argument("--step", type=int, required=True, metavar="N", help="the first is 1; it is computed again, and nothing is written")
@@ -74,6 +92,29 @@ def _add_checkpoint_verbs(verbs: Any) -> None:
     gc.add_argument("runs", type=Path, metavar="RUNS", help="a run folder, or a folder of them")
     gc.add_argument("--dry-run", action="store_true", help="say what would be done and why; touch nothing")
     gc.add_argument("--thin", action="store_true", help="also remove the optimizer state of pinned checkpoints that nothing branches from")
+
+
+def _add_conversion_verbs(verbs: Any) -> None:
+    into = _add(verbs, "convert hf-to-megatron", "a Hugging Face model into a checkpoint", "DIR_OR_HUB_ID CKPT [options]")
+    into.add_argument("source", metavar="DIR_OR_HUB_ID", help="a folder, or an id as meta-llama/Llama-3.2-1B")
+    into.add_argument("target", type=Path, metavar="CKPT", help="the checkpoint folder to make; it must not exist, or be empty")
+    into.add_argument(
+        "--revision", metavar="R", help="of a hub id: a commit, branch or tag (default: its main branch); the commit is recorded"
+    )
+    into.add_argument("--allow-pickle", action="store_true", help="read .bin files, plain tensors only, where there are no safetensors")
+    into.add_argument("--resize-vocabulary", action="store_true", help="give rows to ids that the tokenizer has and the embedding lacks")
+    out = _add(verbs, "convert megatron-to-hf", "a checkpoint into a Hugging Face folder", "CKPT DIR [options]")
+    out.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint folder, or a run folder for its newest")
+    out.add_argument("target", type=Path, metavar="DIR", help="the folder to make; it must not exist, or be empty")
+    out.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (default: as they are stored)")
+    out.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer files for a checkpoint that carries none")
+    check = _add(verbs, "convert check", "whether a checkpoint and a Hugging Face folder are the same model", "CKPT DIR [options]")
+    check.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint folder, or a run folder for its newest")
+    check.add_argument("folder", type=Path, metavar="DIR", help="a Hugging Face folder")
+    check.add_argument(
+        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=f"the text whose logits are compared (default: {DEFAULT_PROMPT})"
+    )
+    check.add_argument("--tensors-only", action="store_true", help="compare the weights only; no model is built")
 
 
 def _add_permissions(verb: argparse.ArgumentParser) -> None:

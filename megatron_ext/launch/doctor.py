@@ -1,8 +1,8 @@
 """`megatron-ext doctor`: all that can be known to fail before a GPU is touched, every finding of it. No torch.
 
 The recipe against its own arithmetic and the cluster's facts here; text and tokenizers in
-`doctor_inputs`; run folders in `doctor_folders`; this machine in `doctor_machine`; the real objects,
-with --deep, in `doctor_deep`.
+`doctor_inputs`; models to convert in `doctor_convert`; run folders in `doctor_folders`; this machine in
+`doctor_machine`; the real objects, with --deep, in `doctor_deep`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron_ext.config.memory import HEADROOM, memory, save_host_bytes
 from megatron_ext.config.plan import TrainPlan
 from megatron_ext.config.stages import TrainStage
 from megatron_ext.errors import ConfigError, LaunchError, MegatronExtError
+from megatron_ext.launch.doctor_convert import convert_findings
 from megatron_ext.launch.doctor_deep import rehearsed
 from megatron_ext.launch.doctor_folders import folder_findings
 from megatron_ext.launch.doctor_inputs import input_findings
@@ -26,7 +27,6 @@ from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.load import load_graph
 from megatron_ext.launch.plan import plan_row
 from megatron_ext.launch.plan_words import size
-from megatron_ext.launch.verbs import STAGE_KINDS
 
 HOLDERS = ("weights", "gradients", "optimizer", "activations", "logits")
 HOST_SHARE = 0.8  # of a node's memory that a save may take: data loaders, page cache and the system need the rest
@@ -47,22 +47,11 @@ def doctor_command(arguments: argparse.Namespace) -> None:
 def examine(graph: Graph, cluster: Cluster | None, runs: Path) -> list[Finding]:
     """Everything but --deep."""
     trained = [stage for stage in graph.stages if isinstance(stage, TrainStage)]
-    found = [*_kinds(graph), *_plans(graph, trained, cluster)]
+    found = _plans(graph, trained, cluster)
     for stage in trained:
         found += [*_memory(stage, cluster), *_cores(stage, cluster)]
-    return [*found, *folder_findings(graph, runs / graph.name), *input_findings(graph), *machine_findings(graph, runs)]
-
-
-def _kinds(graph: Graph) -> list[Finding]:
-    unknown = [f"'{stage.name}' ({stage.kind})" for stage in graph.stages if stage.kind not in STAGE_KINDS]
-    if not unknown:
-        return [ok("stages", f"{len(graph.stages)}, of kinds that this version runs")]
-    runs = ", ".join(STAGE_KINDS)
-    return [
-        error(
-            "stages", f"this version cannot run {', '.join(unknown)}; it runs {runs}", "take them out of the recipe, or use a newer version"
-        )
-    ]
+    found += [*folder_findings(graph, runs / graph.name), *input_findings(graph), *convert_findings(graph, runs / graph.name)]
+    return [*found, *machine_findings(graph, runs)]
 
 
 def _plans(graph: Graph, trained: list[TrainStage], cluster: Cluster | None) -> list[Finding]:

@@ -66,13 +66,13 @@ def _tokenizer(graph: Graph, stage: TokenizeStage) -> list[Finding]:
     if file.suffix != ".json":
         return [ok(what, f"{file}; its vocabulary is compared with the model's when the corpus is made")]
     try:
-        number = _hugging_face_vocabulary(file)
+        number = hugging_face_vocabulary(file)
     except (ValueError, KeyError, TypeError) as cause:
         return [error(what, f"{file} is no tokenizer of the tokenizers library ({type(cause).__name__}: {cause})", "download it again")]
     return _vocabulary(graph, stage, what, number)
 
 
-def _hugging_face_vocabulary(file: Path) -> int:
+def hugging_face_vocabulary(file: Path) -> int:
     """Largest id + 1 in a tokenizer.json."""
     values = json.loads(file.read_text(encoding="utf-8"))
     vocabulary = values["model"]["vocab"]

@@ -15,17 +15,18 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_ext.config.memory import checkpoint_bytes, disk_bytes, files_per_checkpoint, kept_checkpoints
-from megatron_ext.config.stages import TokenizeStage, TrainStage
+from megatron_ext.config.stages import ConvertStage, TokenizeStage, TrainStage
 from megatron_ext.launch.doctor_folders import obstacle
 from megatron_ext.launch.doctor_inputs import known_shard_bytes
 from megatron_ext.launch.findings import Finding, error, ok, warning
 from megatron_ext.launch.graph import Graph
+from megatron_ext.launch.plan import converted_bytes
 from megatron_ext.launch.plan_words import size
 from megatron_ext.runs import CHECKPOINTS, DONE
 
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?==([^;\s]+)\s*(?:;\s*(.*))?$")
 DISTRIBUTION = "megatron_ext"
-NEEDED = ("torch", "megatron-core", "numpy", "pydantic", "psutil")
+NEEDED = ("torch", "megatron-core", "numpy", "pydantic", "psutil", "huggingface_hub")
 PROBE_BYTES = 1 << 22  # more than a file system keeps inside a file's own record
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "zfs"}
 FILES_OF_A_RANK = 1024  # shards, libraries, logs, loader pipes
@@ -127,11 +128,12 @@ def _disk(graph: Graph, trained: list[TrainStage], runs: Path, home: Path) -> li
     kept = sum(disk_bytes(stage.model, stage.budget, stage.precision, stage.plan) for stage in open_stages)
     there = sum(_held_bytes(runs / graph.name / stage.name / CHECKPOINTS) for stage in open_stages)
     shards = _shard_bytes(graph, trained, runs)
-    need = max(0, kept + max(each, default=0) - there) + shards
+    need = max(0, kept + max(each, default=0) - there) + shards + _converted_bytes(graph, runs)
     files = sum(kept_checkpoints(stage.budget, stage.plan) * files_per_checkpoint(stage.plan) for stage in open_stages)
     free = shutil.disk_usage(home).free
     what = f"disk of {home}"
-    text = f"{size(need)} still to be written (checkpoints that are kept, one aside, shards of known size), {size(free)} free"
+    parts = "checkpoints that are kept, one aside, converted models, shards of known size"
+    text = f"{size(need)} still to be written ({parts}), {size(free)} free"
     way_out = "make room, name another --runs, lower plan.keep_checkpoints or raise plan.pin_every_tokens"
     found = [error(what, text, way_out)] if need > free else [ok(what, f"{text}; a quota may be smaller")]
     inodes = os.statvfs(home)
@@ -151,6 +153,11 @@ def _shard_bytes(graph: Graph, trained: list[TrainStage], runs: Path) -> int:
         for corpus in corpora
         for source in corpus.sources
     )
+
+
+def _converted_bytes(graph: Graph, runs: Path) -> int:
+    stages = [s for s in graph.stages if isinstance(s, ConvertStage) and not (runs / graph.name / s.name / DONE).is_file()]
+    return sum(converted_bytes(stage.model) for stage in stages)
 
 
 def _limits(trained: list[TrainStage]) -> list[Finding]:

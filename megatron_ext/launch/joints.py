@@ -43,7 +43,8 @@ def joint_of(run: Run, manifest: Manifest | None) -> Joint | None:
     after = learning_rate(run.stage.schedule, 0, run.stage.budget.tokens)
     if manifest is not None and manifest.parent is not None:
         old = manifest.parent
-        return Joint(start.kind, start.stage, folder, False, old.tokens, old.learning_rate, after, old.iteration, old.manifest_sha256)
+        rate = old.learning_rate if old.iteration else None  # a converted model was not trained here
+        return Joint(start.kind, start.stage, folder, False, old.tokens, rate, after, old.iteration, old.manifest_sha256)
     tokens, before = start.tokens, None
     parent = open_run(folder).stage if (folder / RECIPE).is_file() else None
     if isinstance(parent, TrainStage):

@@ -24,7 +24,7 @@ from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.plan import plan_rows
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions, thread_environment
 from megatron_ext.launch.tree import columns, progress
-from megatron_ext.launch.verbs import RUN_VERBS, STAGE_KINDS, check_code
+from megatron_ext.launch.verbs import RUN_VERBS, check_code
 from megatron_ext.runs import ATTEMPTS, RECIPE, Run, attempt_numbers, open_run, read_done, read_json, refuse_other_science, write_run
 from megatron_ext.snapshot import PACKAGE, files_hash, snapshot_environment, source_files, take_snapshot
 
@@ -37,13 +37,12 @@ def launch_local(graph: Graph, runs_dir: Path, cluster: Cluster | None, permissi
     """Run every stage of `graph` that is not done, into `runs_dir/<graph>/<stage>`, and print what came of it.
 
     Stages run a snapshot of this code as it is now: editing it while they run changes nothing.
-    Before anything is written or run: `LaunchError` where a stage's kind has no verb, or where it cannot
-    start from the checkpoint that it names, `ConfigError` or `DataError` where the plan cannot be carried
-    out, `RunError` where a folder cannot be made, holds another recipe, or a begun stage of other code.
+    Before anything is written or run: `LaunchError` where a stage cannot start from the checkpoint that it names,
+    `ConfigError` or `DataError` where the plan cannot be carried out, `RunError` where a folder cannot be made,
+    holds another recipe, or a begun stage of other code.
     Later: `LaunchError` where a stage fails.
     """
     folder = runs_dir / graph.name
-    _check_kinds(graph)
     plan_rows(graph, cluster)  # refuses what could not run as planned
     _check_place(folder)
     _check_folders(graph, folder)
@@ -80,15 +79,6 @@ def is_finished(run: Run) -> bool:
 
 def _time(mark: Json) -> datetime:
     return datetime.fromisoformat(mark["finished_at"])
-
-
-def _check_kinds(graph: Graph) -> None:
-    for stage in graph.stages:
-        if stage.kind not in STAGE_KINDS:
-            raise LaunchError(
-                f"graph {graph.name}: stage '{stage.name}' is of kind '{stage.kind}', which this version cannot run; "
-                f"it runs: {', '.join(STAGE_KINDS)}. Nothing was started"
-            )
 
 
 def _check_place(folder: Path) -> None:

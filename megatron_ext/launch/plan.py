@@ -19,12 +19,13 @@ from megatron_ext.config.memory import (
     pinned_steps,
 )
 from megatron_ext.config.mixture import Draw, draws
+from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.plan import micro_batches
 from megatron_ext.config.schedule import learning_rate
 from megatron_ext.config.stages import Branch, ConvertStage, Scratch, TokenizeStage, TrainStage, Weights, inputs
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.launch.graph import Graph
-from megatron_ext.launch.plan_words import cluster_words, count, size, stage_lines
+from megatron_ext.launch.plan_words import cluster_words, convert_lines, count, size, stage_lines
 
 UNKNOWN_TOKENS = 2**62  # stands in for a source whose size nobody has stated: no mixture uses it up
 MOST_NAMED = 8  # edges that a line of the tree names one by one
@@ -39,6 +40,29 @@ def resolved(graph: Graph) -> Json:
 def plan_rows(graph: Graph, cluster: Cluster | None = None) -> list[Json]:
     """One JSON-able row per training stage; `ConfigError` or `DataError` where the plan cannot be carried out."""
     return [plan_row(graph, stage, cluster) for stage in graph.stages if isinstance(stage, TrainStage)]
+
+
+def convert_rows(graph: Graph) -> list[Json]:
+    """One JSON-able row per Convert stage. How long it takes is the disk's and the network's to say."""
+    return [_convert_row(stage) for stage in graph.stages if isinstance(stage, ConvertStage)]
+
+
+def _convert_row(stage: ConvertStage) -> Json:
+    model = stage.model
+    return {
+        "stage": stage.name,
+        "source": stage.model_id,
+        "revision": stage.revision,
+        "parameters": model.num_parameters,
+        "vocab_size": model.vocab_size,
+        "padded_vocab_size": model.padded_vocab_size,
+        "disk_bytes": converted_bytes(model),
+    }
+
+
+def converted_bytes(model: ModelConfig) -> int:
+    """Disk for a converted model's weights, in BF16; a source in FP32 has twice that."""
+    return 2 * model.num_parameters
 
 
 def plan_row(graph: Graph, stage: TrainStage, cluster: Cluster | None) -> Json:
@@ -235,19 +259,20 @@ def _edges(stage: Any) -> str:
 
 
 def plan_json(graph: Graph, cluster: Cluster | None = None) -> str:
-    """The plan for programs: JSON text of `plan_rows` under the names of graph and cluster."""
-    values = {"graph": graph.name, "cluster": cluster.name if cluster else None, "stages": plan_rows(graph, cluster)}
+    """The plan for programs: JSON text of `convert_rows` and `plan_rows` under the names of graph and cluster."""
+    named = {"graph": graph.name, "cluster": cluster.name if cluster else None}
+    values = {**named, "conversions": convert_rows(graph), "stages": plan_rows(graph, cluster)}
     return json.dumps(values, indent=2)
 
 
 def plan_text(graph: Graph, cluster: Cluster | None = None) -> str:
-    """The plan for people: the graph as a tree, then one block per training stage, then the sums."""
-    rows = plan_rows(graph, cluster)
+    """The plan for people: the graph as a tree, then one block per Convert and training stage, then the sums."""
+    converted, rows = convert_rows(graph), plan_rows(graph, cluster)
     lines = [f"{graph.name}, {cluster_words(cluster)}", "", *graph_lines(graph), ""]
-    for row in rows:
-        lines += [*stage_lines(row), ""]
+    for block in [*(convert_lines(row) for row in converted), *(stage_lines(row) for row in rows)]:
+        lines += [*block, ""]
     hours = [row["compute"]["gpu_hours"] for row in rows]
-    disk = sum(row["checkpoints"]["disk_bytes"] for row in rows)
+    disk = sum(row["checkpoints"]["disk_bytes"] for row in rows) + sum(row["disk_bytes"] for row in converted)
     total = f"in all: {count(sum(row['tokens'] for row in rows))} tokens, {size(disk)} of checkpoints"
     lines.append(total + (f", {sum(hours):,.0f} GPU-hours" if hours and None not in hours else ""))
     return "\n".join(lines) + "\n"

@@ -35,6 +35,19 @@ def stage_lines(row: Json) -> list[str]:
     return [row["stage"], *(f"  {name:<8} {text}" for name, text in facts.items()), *(f"  {line}" for line in _table(row["sources"]))]
 
 
+def convert_lines(row: Json) -> list[str]:
+    """One Convert stage: a line per fact."""
+    revision = f" at {row['revision']}" if row["revision"] else ""
+    padded = row["padded_vocab_size"] - row["vocab_size"]
+    facts = {
+        "source": row["source"] + revision,
+        "model": f"{row['parameters']:,} parameters; {row['vocab_size']:,} ids, "
+        + (f"{padded} rows of padding" if padded else "no padding"),
+        "disk": f"{size(row['disk_bytes'])} in BF16, twice that in FP32",
+    }
+    return [row["stage"], *(f"  {name:<8} {text}" for name, text in facts.items())]
+
+
 def _token_words(row: Json) -> str:
     return (
         f"{count(row['tokens'])} = {row['steps']:,} steps x {row['tokens_per_step']:,} "

@@ -25,7 +25,7 @@ from megatron_ext.launch.joints import joint_of, parent_change, rate_words, read
 from megatron_ext.launch.verbs import attempt_codes
 from megatron_ext.metrics import read_metrics
 from megatron_ext.provenance import Manifest, read_corpus
-from megatron_ext.runs import ATTEMPTS, RECIPE, Run, attempt_numbers, open_run, read_done, read_json
+from megatron_ext.runs import ATTEMPTS, EXPORTS, RECIPE, Run, attempt_numbers, open_run, read_done, read_json
 from megatron_ext.snapshot import code_words
 from megatron_ext.tracker import newest, published
 
@@ -221,13 +221,16 @@ def notes(run: Run, done: Progress) -> list[str]:
 
 
 def _kept_words(run: Run) -> str:
-    """Pinned checkpoints besides the last, and those without optimizer state."""
+    """Pinned checkpoints besides the last, those without optimizer state, and Hugging Face folders."""
     if not isinstance(run.stage, TrainStage):
         return ""
     kept = [manifest for i in published(run.checkpoints_path) if (manifest := readable_manifest(run, i))]
     pinned = [f"{m.tokens:,}" for m in kept if m.pinned and m.tokens < run.stage.budget.tokens]
     thinned = [f"{m.tokens:,}" for m in kept if m.thinned_from]
-    words = [f"{what} at {', '.join(tokens)} tokens" for what, tokens in (("pinned", pinned), ("weights only", thinned)) if tokens]
+    exports = sorted(int(path.name.removeprefix("iter_")) for path in (run.path / EXPORTS).glob("iter_*"))
+    exported = [f"{step * run.stage.budget.tokens_per_batch:,}" for step in exports]
+    kinds = (("pinned", pinned), ("weights only", thinned), ("exported", exported))
+    words = [f"{what} at {', '.join(tokens)} tokens" for what, tokens in kinds if tokens]
     return "; ".join(words)
 
 

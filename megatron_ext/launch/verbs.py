@@ -1,4 +1,4 @@
-"""The verbs that take a run folder: which kind of stage each takes, and which function does its work."""
+"""Verbs and the functions that do their work: those that take a run folder with its kind of stage, and those that take other things."""
 
 from __future__ import annotations
 
@@ -25,11 +25,23 @@ RUN_VERBS = {
     "text": Verb("text", "megatron_ext.data.demo_text:run_text", "write the demo's text: real prose, generated problems"),
     "tokenizer": Verb("tokenizer", "megatron_ext.data.train_tokenizer:run_tokenizer", "train the demo's tokenizer"),
     "tokenize": Verb("tokenize", "megatron_ext.data.tokenize:run_tokenize", "turn text into Megatron shards"),
+    "convert": Verb("convert", "megatron_ext.conversion.stage:run_convert", "turn a Hugging Face model into a checkpoint"),
     "train": Verb("train", "megatron_ext.training.stage:run_train", "train: every rank of the plan, on this machine"),
     "prepare": Verb("train", "megatron_ext.data.prepare:prepare", "build the data indices of a train run ahead of it"),
     "report": Verb("report", "megatron_ext.reports.page:run_report", "draw figures and a page from run folders", repeats=True),
 }
-STAGE_KINDS = tuple(dict.fromkeys(verb.kind for verb in RUN_VERBS.values()))
+FUNCTIONS = {  # verb -> module:function, and the arguments that it takes
+    "tree": ("megatron_ext.launch.tree:tree_command", ("runs",)),
+    "diff": ("megatron_ext.launch.diff:diff_command", ("a", "b", "code", "as_json")),
+    "verify": ("megatron_ext.checkpoint.verify:verify_command", ("paths", "jobs")),
+    "gc": ("megatron_ext.checkpoint.gc:gc_command", ("runs", "dry_run", "thin")),
+    "convert hf-to-megatron": (
+        "megatron_ext.conversion.to_megatron:hf_to_megatron",
+        ("source", "target", "revision", "allow_pickle", "resize_vocabulary"),
+    ),
+    "convert megatron-to-hf": ("megatron_ext.conversion.to_hugging_face:megatron_to_hf", ("checkpoint", "target", "dtype", "tokenizer")),
+    "convert check": ("megatron_ext.conversion.check:check_command", ("checkpoint", "folder", "prompt", "tensors_only")),
+}
 
 
 def open_for(name: str, folder: Path, permissions: Permissions = NO_PERMISSIONS) -> Run | None:

@@ -124,10 +124,19 @@ def test_a_dry_run_prints_the_resolved_recipe_and_the_plan(here: Path, capsys: p
     assert [path for path in sorted(here.rglob("*")) if "__pycache__" not in str(path)] == before
 
 
-def test_plan_as_json_is_one_row_a_training_stage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_as_json_has_a_row_for_each_training_stage_and_conversion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "octothinker:llama_1b", "--json"]) == 0
+    assert [row["stage"] for row in json.loads(capsys.readouterr().out)["conversions"]] == ["llama"]
     assert main(["plan", "demo:smoke", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["stages"]
     assert [(row["stage"], row["tokens"]) for row in rows][:2] == [("base", 6 * 512), ("stable", 12 * 512)]
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    command = f"{sys.executable} -m megatron_ext plan octothinker:llama_1b | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("octothinker_1b")
 
 
 def test_a_recipe_and_a_cluster_of_ones_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

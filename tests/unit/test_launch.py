@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
@@ -20,19 +21,19 @@ import pytest
 from megatron_ext.__main__ import main
 from megatron_ext.attempts import TAKE_OVER, begin_attempt
 from megatron_ext.config.base import to_json
-from megatron_ext.config.stages import Source, TokenizeStage
+from megatron_ext.config.stages import Source, Stage, TokenizeStage
 from megatron_ext.errors import ConfigError, DataError, LaunchError, RunError
 from megatron_ext.launch import local
-from megatron_ext.launch.commands import command_parser, permissions
+from megatron_ext.launch.commands import parse, permissions
 from megatron_ext.launch.graph import Graph, with_overrides
 from megatron_ext.launch.local import launch_local, run_stage, summary_text
 from megatron_ext.launch.ranks import THREAD_VARIABLES, Permissions, torchrun_command
 from megatron_ext.launch.tree import state, tree_text
-from megatron_ext.launch.verbs import attempt_codes, check_code, open_for
+from megatron_ext.launch.verbs import RUN_VERBS, attempt_codes, check_code, open_for
 from megatron_ext.provenance import CorpusIndex
 from megatron_ext.runs import Run, mark_done, open_run, write_json, write_run
 from megatron_ext.snapshot import PACKAGE, code_hash, files_hash, source_files, take_snapshot
-from recipes import demo, octothinker
+from recipes import demo
 from tests.unit.test_tree import parent_at, trained, write_all
 
 SMOKE = demo.smoke()
@@ -77,10 +78,9 @@ def test_another_recipe_is_refused_before_anything_is_written(tmp_path: Path) ->
     assert {path: path.read_bytes() for path in files(tmp_path)} == before
 
 
-def test_a_kind_without_a_verb_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match="stage 'llama' is of kind 'convert', which this version cannot run"):
-        launch_local(octothinker.llama_3b(), tmp_path, None)
-    assert list(tmp_path.iterdir()) == []
+def test_every_kind_of_stage_has_a_verb_of_its_name() -> None:
+    kinds = {kind.__dataclass_fields__["kind"].default for kind in get_args(get_args(Stage)[0])}
+    assert {name for name, verb in RUN_VERBS.items() if name == verb.kind} == kinds
 
 
 def test_a_plan_that_cannot_be_carried_out_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -153,8 +153,8 @@ def test_the_flags_reach_every_rank_and_the_one_who_begins(tmp_path: Path, monke
     base = write_all(tmp_path)["base"]
     both = Permissions(other_code=True, take_over=True)
     for words in (["launch", "demo:smoke", "--local"], ["train", str(base.path)], ["prepare", str(base.path)]):
-        assert permissions(command_parser().parse_args([*words, *both.words])) == both
-        assert permissions(command_parser().parse_args(words)) == Permissions()
+        assert permissions(parse([*words, *both.words])) == both
+        assert permissions(parse(words)) == Permissions()
     assert torchrun_command(base, both)[-2:] == ["--other-code", "--take-over"]
     assert torchrun_command(base)[-1] == str(base.path)
     monkeypatch.setenv(TAKE_OVER, "0")

@@ -15,8 +15,8 @@ from megatron_ext.config.base import from_json
 from megatron_ext.config.stages import Branch, TrainStage
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.launch.graph import Graph, with_overrides
-from megatron_ext.launch.plan import graph_lines, plan_json, plan_rows, plan_text, resolved
-from megatron_ext.launch.plan_words import count, size
+from megatron_ext.launch.plan import convert_rows, graph_lines, plan_json, plan_rows, plan_text, resolved
+from megatron_ext.launch.plan_words import convert_lines, count, size
 from recipes import ablations, clusters, demo, octothinker
 
 
@@ -182,6 +182,30 @@ def test_the_graph_is_drawn_as_a_tree():
     assert graph_lines(demo.demo())[3] == "base              train      from random weights; reads corpus"
 
 
+def test_a_converted_model_has_a_row_of_its_own():
+    qwen = dataclasses.replace(octothinker.llama_1b().stage("llama").model, vocab_size=151_665)
+    stages = tuple(s for s in changed(octothinker.llama_1b(), "llama").stages if s.name in ("corpus", "llama"))
+    graph = changed(Graph(name="g", stages=stages), "llama", model=qwen, revision="0" * 40)
+    assert convert_rows(graph) == [
+        {
+            "stage": "llama",
+            "source": "meta-llama/Llama-3.2-1B",
+            "revision": "0" * 40,
+            "parameters": qwen.num_parameters,
+            "vocab_size": 151_665,
+            "padded_vocab_size": 151_680,
+            "disk_bytes": 2 * qwen.num_parameters,
+        }
+    ]
+    assert convert_lines(convert_rows(graph)[0])[1:] == [
+        f"  source   meta-llama/Llama-3.2-1B at {'0' * 40}",
+        "  model    1,283,786,752 parameters; 151,665 ids, 15 rows of padding",
+        "  disk     2.6 GB in BF16, twice that in FP32",
+    ]
+    assert convert_rows(demo.smoke()) == []
+    assert "16.1 GB in BF16" in plan_text(octothinker.llama_8b())
+
+
 def test_the_text_names_every_stage_and_sums_up():
     text = plan_text(octothinker.llama_3b(), clusters.h100())
     for expected in (
@@ -202,6 +226,7 @@ def test_json_says_what_the_rows_say():
     values = json.loads(plan_json(octothinker.llama_3b(), clusters.h100()))
     assert (values["graph"], values["cluster"]) == ("octothinker_3b", "h100")
     assert values["stages"] == json.loads(json.dumps(plan_rows(octothinker.llama_3b(), clusters.h100())))
+    assert values["conversions"] == convert_rows(octothinker.llama_3b())
 
 
 def test_the_resolved_graph_holds_every_default_and_reads_back():
