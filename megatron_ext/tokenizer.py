@@ -6,11 +6,13 @@ end-of-document id never stands inside a document. The identity hash says when t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,15 @@ from megatron_ext.runs import atomic_write, write_json
 
 SENTENCEPIECE = "tokenizer.model"
 HUGGING_FACE = "tokenizer.json"
-SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # they name eos_token and bos_token
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json")  # they name eos_token and bos_token
 OLDER_FILES = ("vocab.json", "vocab.txt")  # Hugging Face folders from before tokenizer.json
+# All that belongs to a tokenizer: a copy of it, and every checkpoint, keeps those that are there.
+TOKENIZER_FILES = (
+    HUGGING_FACE, *SPECIAL_FILES, "added_tokens.json", SENTENCEPIECE, *OLDER_FILES, "merges.txt",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+CONVERTED = "converted_from_sentencepiece"  # in tokenizer_config.json: digests of a tokenizer.model and of the tokenizer.json made of it
 # What base models end documents with; chat models name another token (<|eot_id|>, <|im_end|>) as their eos_token.
 END_OF_DOCUMENT = ("<|end_of_text|>", "<|endoftext|>")
 USUAL_ENDS = ("</s>", "<eos>")  # tried where no file names an eos_token
@@ -51,7 +60,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def copy_to(self, folder: Path) -> None:
-        """Put all files that `load_tokenizer` needs into `folder`; the copy has the same identity hash."""
+        """Put all that belongs to the tokenizer into `folder` (TOKENIZER_FILES); the copy has the same identity hash."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -86,6 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
     def copy_to(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _copy(self._path, folder / SENTENCEPIECE)
+        _copy_beside(self._path, folder, but={SENTENCEPIECE, HUGGING_FACE})  # the latter would be loaded instead
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -112,7 +122,7 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         backend.add_special_tokens([token for token in (eod, bos) if token])  # special ones only are kept from matching in text
         backend.encode_special_tokens = True  # a special token's name in a text is encoded like any other text
-        self._text, self._names, self._backend = text, names, backend
+        self._path, self._text, self._names, self._backend = path, text, names, backend
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod_id, self.bos_id = vocabulary[eod], vocabulary[bos] if bos else None
         model = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}  # both are off here
@@ -127,7 +137,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def copy_to(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / HUGGING_FACE, self._text)
-        write_json(folder / SPECIAL_FILES[0], self._names)
+        _copy_beside(self._path, folder, but={HUGGING_FACE})
+        if _special_names(folder) != self._names:  # transformers knew them, not the files
+            values = _read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
+            write_json(folder / TOKENIZER_CONFIG, {**values, **self._names})
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -136,7 +149,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.is_file():
         return SentencePieceTokenizer(path) if path.suffix == ".model" else _hugging_face(path)
     models = sorted(path.glob("*.model"))
-    if (path / HUGGING_FACE).is_file():
+    if (path / HUGGING_FACE).is_file() and not _is_conversion(path):
         return _hugging_face(path / HUGGING_FACE)
     if (path / SENTENCEPIECE).is_file() or len(models) == 1:
         return SentencePieceTokenizer(path / SENTENCEPIECE if (path / SENTENCEPIECE).is_file() else models[0])
@@ -150,9 +163,34 @@ def load_tokenizer(path: Path) -> Tokenizer:
     raise DataError(f"{path}: no tokenizer in this folder: looked for {looked_for} or one other .model file, found {found}{several}")
 
 
+def tokenizer_of_files(files: Mapping[str, bytes]) -> Tokenizer:
+    """The tokenizer among files that are in memory, name -> bytes; `DataError` as `load_tokenizer`, without a folder's name."""
+    with tempfile.TemporaryDirectory() as name:
+        for file, data in files.items():
+            (Path(name) / file).write_bytes(data)
+        try:
+            return load_tokenizer(Path(name))
+        except DataError as error:
+            raise DataError(str(error).replace(f"{name}/", "").replace(name, "the files beside the weights")) from None
+
+
+def conversion_mark(model: bytes, made: bytes) -> dict[str, Any]:
+    """What a tokenizer_config.json says beside a tokenizer.model and the tokenizer.json that was made of it with the same ids.
+
+    As long as both are these, the folder's tokenizer is the SentencePiece model, with its identity: the other is a form of it.
+    """
+    return {CONVERTED: {name: hashlib.sha256(data).hexdigest() for name, data in ((SENTENCEPIECE, model), (HUGGING_FACE, made))}}
+
+
+def _is_conversion(folder: Path) -> bool:
+    mark = _read_json(folder / TOKENIZER_CONFIG).get(CONVERTED) if (folder / TOKENIZER_CONFIG).is_file() else None
+    files = [folder / name for name in (SENTENCEPIECE, HUGGING_FACE)]
+    return mark is not None and all(path.is_file() for path in files) and mark == {path.name: file_sha256(path) for path in files}
+
+
 def _hugging_face(path: Path) -> HuggingFaceTokenizer:
     try:
-        return HuggingFaceTokenizer(path, path.read_text(encoding="utf-8"), _special_names(path.parent))
+        return HuggingFaceTokenizer(path, path.read_bytes().decode(), _special_names(path.parent))
     except UnicodeDecodeError as cause:
         raise DataError(f"{path}: not UTF-8 text ({cause}); a tokenizer is a {HUGGING_FACE} or a SentencePiece .model file") from None
 
@@ -169,7 +207,8 @@ def _through_transformers(folder: Path) -> HuggingFaceTokenizer:
         raise DataError(f"{folder}: transformers has only a Python version of this tokenizer; add a {HUGGING_FACE}")
     named = {"eos_token": converted.eos_token, "bos_token": converted.bos_token}
     names = {key: str(value) for key, value in named.items() if value}
-    return HuggingFaceTokenizer(folder, converted.backend_tokenizer.to_str(), names)
+    vocabulary = next(folder / name for name in OLDER_FILES if (folder / name).is_file())
+    return HuggingFaceTokenizer(vocabulary, converted.backend_tokenizer.to_str(), names)
 
 
 def _special_names(folder: Path) -> dict[str, str]:
@@ -178,16 +217,30 @@ def _special_names(folder: Path) -> dict[str, str]:
     for file in (folder / name for name in reversed(SPECIAL_FILES)):
         if not file.is_file():
             continue
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as cause:
-            raise DataError(f"{file}: not valid JSON ({cause}); download it again") from None
+        values = _read_json(file)
         for key in ("eos_token", "bos_token"):
             value = values.get(key)
             content = value.get("content") if isinstance(value, dict) else value
             if content:
                 names[key] = content
     return names
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as cause:
+        raise DataError(f"{path}: not valid JSON ({cause}); download it again") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: holds no JSON object; download it again")
+    return values
+
+
+def _copy_beside(path: Path, folder: Path, but: set[str]) -> None:
+    """Copy what belongs to a tokenizer and lies beside its file."""
+    for name in TOKENIZER_FILES:
+        if name not in but and (path.parent / name).is_file():
+            _copy(path.parent / name, folder / name)
 
 
 def _copy(source: Path, target: Path) -> None:

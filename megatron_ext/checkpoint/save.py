@@ -17,7 +17,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.failures import first_failure
-from megatron_ext.checkpoint.hashing import Digests
+from megatron_ext.checkpoint.hashing import Digests, HashingFileSystem
+from megatron_ext.checkpoint.stream_writing import write_bytes
 from megatron_ext.checkpoint.writing import Buffers, Planned, Written, plan_write
 from megatron_ext.distributed import TIMEOUT_SECONDS
 from megatron_ext.errors import CheckpointError, MegatronExtError
@@ -49,6 +50,7 @@ class Target:
     attempt: int
     manifest: Callable[[Digests], Manifest]  # from the digests of all files
     may_publish: Callable[[], None] = lambda: None  # raises where this writer has lost the right to the run folder
+    files: Mapping[str, bytes] = field(default_factory=dict)  # what rank 0 writes beside the tensors, by name
     tidy: Callable[[], str] = lambda: ""  # what rank 0 does after it has published, such as removing old ones; what to warn of
 
     @property
@@ -192,10 +194,19 @@ def _gather(store: Any, prefix: str) -> list[Written]:
 
 def _publish(target: Target, planned: Planned, ranks: list[Written]) -> None:
     digests = planned.finish(ranks)
-    write_manifest(target.aside, target.manifest(digests))
+    write_manifest(target.aside, target.manifest({**digests, **_write_files(target, digests)}))
     force_to_disk(target.aside)
     folders.publish(target.checkpoints, target.iteration, target.attempt, target.may_publish)
     force_to_disk(target.checkpoints)
+
+
+def _write_files(target: Target, taken: Digests) -> Digests:
+    """Write what stands beside the tensors, each file forced to the disk; their digests."""
+    assert not taken.keys() & target.files.keys(), (list(taken), list(target.files))
+    system = HashingFileSystem()
+    for name, data in target.files.items():
+        write_bytes(system, target.aside / name, data)
+    return system.digests
 
 
 def _cause(target: Target, error: Exception) -> MegatronExtError:

@@ -6,19 +6,15 @@ weights are copied as they are and found again through a new `.metadata`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -27,6 +23,7 @@ from megatron_ext.checkpoint.extra_state import EXTRA_STATE
 from megatron_ext.checkpoint.hashing import HashingFileSystem
 from megatron_ext.checkpoint.load import open_metadata
 from megatron_ext.checkpoint.safe_reading import read_common
+from megatron_ext.checkpoint.stream_writing import synced, write_bytes, write_metadata
 from megatron_ext.checkpoint.swap import finish_swaps, swap_in
 from megatron_ext.checkpoint.verify import verify
 from megatron_ext.errors import CheckpointError
@@ -34,7 +31,7 @@ from megatron_ext.provenance import MANIFEST, Manifest, file_sha256, read_manife
 from megatron_ext.runs import force_to_disk
 
 COPY_BYTES = 1 << 24
-METADATA_FNAME = ".metadata"
+DATA_SUFFIX = ".distcp"
 _OPTIMIZER = re.compile(r"(chained_[0-9]+\.)?optimizer(\.|$)")
 
 
@@ -68,10 +65,11 @@ def _write(folder: Path, aside: Path, manifest: Manifest) -> None:
     metadata, files = open_metadata(folder), HashingFileSystem()
     _write_metadata(files, aside, metadata, _copy_weights(files, folder, aside, metadata))
     common = {key: value for key, value in read_common(folder).items() if not _OPTIMIZER.match(key)}
-    with _synced(files, aside / COMMON_STATE_FNAME) as stream:
+    with synced(files, aside / COMMON_STATE_FNAME) as stream:
         torch.save(common, stream)
-    with _synced(files, aside / CONFIG_FNAME) as stream:
-        stream.write((folder / CONFIG_FNAME).read_bytes())
+    for name in manifest.files:  # what else lies there: its format, the files of a tokenizer
+        if name not in files.digests and not name.endswith(DATA_SUFFIX):
+            write_bytes(files, aside / name, (folder / name).read_bytes())
     was = file_sha256(folder / MANIFEST)
     write_manifest(aside, dataclasses.replace(manifest, optimizer_layout="none", files=files.digests, thinned_from=was))
     force_to_disk(aside)
@@ -80,10 +78,11 @@ def _write(folder: Path, aside: Path, manifest: Manifest) -> None:
 def thinnable_bytes(folder: Path) -> int:
     """How many bytes of a checkpoint are optimizer state."""
     entries = (open_metadata(folder).storage_data or {}).items()
-    return sum(info.length for index, info in entries if not _is_kept(index.fqn))
+    return sum(info.length for index, info in entries if not is_weight(index.fqn))
 
 
-def _is_kept(name: str) -> bool:
+def is_weight(name: str) -> bool:
+    """Whether a name in a checkpoint is a weight's: not the optimizer's, and no layer's extra state."""
     return not _OPTIMIZER.match(name) and EXTRA_STATE not in name
 
 
@@ -91,13 +90,13 @@ def _copy_weights(files: HashingFileSystem, folder: Path, aside: Path, metadata:
     """Copy the bytes of all weights; where each of them lies now."""
     by_file: dict[str, list[tuple[MetadataIndex, Any]]] = {}
     for index, info in (metadata.storage_data or {}).items():
-        if _is_kept(index.fqn):
+        if is_weight(index.fqn):
             by_file.setdefault(info.relative_path, []).append((index, info))
     if not by_file:
         raise CheckpointError(f"{folder}: holds no weights, only optimizer state; it was not written by a training stage")
     placed = {}
     for name, entries in by_file.items():
-        with (folder / name).open("rb") as source, _synced(files, aside / name) as target:
+        with (folder / name).open("rb") as source, synced(files, aside / name) as target:
             end = 0
             for index, info in sorted(entries, key=lambda entry: int(entry[1].offset)):
                 _copy(source, target, info.offset, info.length)
@@ -118,15 +117,5 @@ def _copy(source: BinaryIO, target: Any, offset_bytes: int, length_bytes: int) -
 
 
 def _write_metadata(files: HashingFileSystem, aside: Path, metadata: Metadata, placed: dict[MetadataIndex, Any]) -> None:
-    kept = {name: entry for name, entry in metadata.state_dict_metadata.items() if _is_kept(name)}
-    with _synced(files, aside / METADATA_FNAME) as stream:
-        pickle.dump(dataclasses.replace(metadata, state_dict_metadata=kept, storage_data=placed), stream)
-
-
-@contextlib.contextmanager
-def _synced(files: HashingFileSystem, path: Path) -> Iterator[Any]:
-    """A new file, hashed as it is written, on the disk when the block ends."""
-    with files.create_stream(path, "wb") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
+    kept = {name: entry for name, entry in metadata.state_dict_metadata.items() if is_weight(name)}
+    write_metadata(files, aside, dataclasses.replace(metadata, state_dict_metadata=kept, storage_data=placed))

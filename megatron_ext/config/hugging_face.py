@@ -176,13 +176,13 @@ def config_from_model(model: ModelConfig, dtype: str, like: Json | None = None) 
     return made
 
 
-def contradictions(model: ModelConfig, found: ModelConfig) -> list[str]:
-    """A line for each thing that a recipe's model and one read from a config.json say differently.
+def contradictions(model: ModelConfig, found: ModelConfig, whose: str = "the recipe") -> list[str]:
+    """A line for each thing that a model (a recipe's, or `whose` it is) and one read from a config.json say differently.
 
     Names do not count, nor what only training sees: first weights' deviation and dropout.
     """
     pairs = ((field, key, getattr(model, field), getattr(found, field)) for field, key in KEYS.items())
-    return [f"{field}: {ours!r} in the recipe, {theirs!r} in config.json ({key})" for field, key, ours, theirs in pairs if ours != theirs]
+    return [f"{field}: {ours!r} in {whose}, {theirs!r} in config.json ({key})" for field, key, ours, theirs in pairs if ours != theirs]
 
 
 def _object(values: Any, where: str) -> Json:

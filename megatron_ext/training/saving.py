@@ -15,16 +15,40 @@ from megatron_ext.checkpoint.hashing import Digests
 from megatron_ext.checkpoint.save import Save, Target, begin_save
 from megatron_ext.checkpoint.writing import Buffers
 from megatron_ext.config.base import content_hash, to_json
+from megatron_ext.conversion.assets import carried, has_tokenizer
 from megatron_ext.data.prepare import Prepared
 from megatron_ext.distributed import Groups, any_rank
-from megatron_ext.errors import CheckpointError, MegatronExtError
+from megatron_ext.errors import CheckpointError, DataError, MegatronExtError
 from megatron_ext.provenance import Manifest
 from megatron_ext.runs import Run
 from megatron_ext.snapshot import code_hash
+from megatron_ext.tokenizer import TOKENIZER_FILES, load_tokenizer
 from megatron_ext.training.guard import GuardState
 from megatron_ext.training.hooks import Saved
 from megatron_ext.training.start import Began, layout_of
 from megatron_ext.training.state import Progress, sharded_state
+
+
+def travelling_files(run: Run, prepared: Prepared, began: Began) -> dict[str, bytes]:
+    """Configs and tokenizer that every checkpoint of an attempt carries: those of the checkpoint it began from, else the corpus' tokenizer.
+
+    None where neither has any, which the log says. `DataError` where the corpus' copy is not the tokenizer of its shards.
+    """
+    assets = carried(began.path) if began.path else {}
+    if has_tokenizer(assets):
+        return assets
+    corpus, folder = prepared.corpus, run.inputs["corpus"] / prepared.corpus.tokenizer_path
+    tokenizer = {name: data for name, data in carried(folder).items() if name in TOKENIZER_FILES}
+    if not has_tokenizer(tokenizer):
+        print(f"WARNING: {folder}: holds no tokenizer, so checkpoints carry none; an export from them will ask for it", flush=True)
+        return assets
+    found = load_tokenizer(folder).identity_hash
+    if found != corpus.tokenizer_hash:
+        raise DataError(
+            f"{folder}: is tokenizer {found[:12]}, the corpus' shards were made with {corpus.tokenizer_hash[:12]}: the copy was changed; "
+            f"bring it back, or run the tokenize stage again"
+        )
+    return {**assets, **tokenizer}
 
 
 @dataclass
@@ -39,6 +63,9 @@ class Saver:
     _under_way: tuple[Save, Progress] | None = None
     _buffers: Buffers = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._files = travelling_files(self.run, self.prepared, self.began) if self.groups.rank == 0 else {}
+
     def begin(self, progress: Progress, rate: float, pinned: bool, guard: GuardState) -> None:
         """Begin a save of the state as it is; the one before must be settled."""
         assert self._under_way is None, "two saves at a time"
@@ -49,6 +76,7 @@ class Saver:
             attempt=self.attempt.number,
             manifest=partial(self._manifest, progress, rate, layout, pinned, guard),
             may_publish=self.attempt.check_owner,
+            files=self._files,
             tidy=partial(folders.prune, self.run.checkpoints_path, plan.keep_checkpoints, self.attempt.number),
         )
         state = sharded_state(self.began.state, layout)

@@ -47,6 +47,7 @@ class Began:
     how: str
     parent: Parent | None
     manifest: Manifest | None = None  # of the checkpoint that was loaded, this stage's or its parent's
+    path: Path | None = None  # of that checkpoint
 
 
 def begin(run: Run, groups: Groups, attempt: Attempt, prepared: Prepared) -> Began:
@@ -76,7 +77,7 @@ def first_weights(run: Run, groups: Groups, prepared: Prepared) -> Began:
         load_model(state, load_state(sharded_model(state), path))
         state.optimizer.reload_model_params()
     progress = Progress(lineage_tokens=manifest.lineage_tokens)
-    return Began(state, progress, run.stage.start.kind, _parent(run, path, manifest), manifest)
+    return Began(state, progress, run.stage.start.kind, _parent(run, path, manifest), manifest, path)
 
 
 def parent_checkpoint(run: Run) -> tuple[Path, Manifest]:
@@ -120,7 +121,7 @@ def resume(run: Run, groups: Groups, path: Path, state: TrainState | None = None
     state = state or build_state(run.stage, groups, None)
     _load_all(state, run, path, manifest)
     progress = Progress(manifest.iteration, manifest.tokens, manifest.lineage_tokens)
-    return Began(state, progress, "resume", manifest.parent, manifest)
+    return Began(state, progress, "resume", manifest.parent, manifest, path)
 
 
 def _load_all(state: TrainState, run: Run, path: Path, manifest: Manifest) -> None:

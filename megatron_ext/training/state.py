@@ -16,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 
-from megatron_ext.checkpoint.extra_state import EXTRA_STATE
+from megatron_ext.checkpoint.weights import fill, sharded_weights
 from megatron_ext.config.optimizer import Optimizer
 from megatron_ext.config.stages import TrainStage
 from megatron_ext.distributed import Groups, seed_step
@@ -109,10 +109,7 @@ def apply_hyperparameters(state: TrainState, learning_rate: float) -> None:
 
 def sharded_model(state: TrainState) -> dict[str, Any]:
     """The model's part of a checkpoint, under Megatron's names."""
-    parts = [
-        {name: entry for name, entry in chunk.sharded_state_dict().items() if not name.endswith(EXTRA_STATE)} for chunk in state.chunks
-    ]
-    return {"model": parts[0]} if len(parts) == 1 else {f"model{i}": part for i, part in enumerate(parts)}
+    return sharded_weights(state.chunks)
 
 
 def sharded_state(state: TrainState, layout: str, is_loading: bool = False) -> dict[str, Any]:
@@ -150,10 +147,7 @@ def _clear_padding(part: Any) -> None:
 
 def load_model(state: TrainState, loaded: dict[str, Any]) -> None:
     """Put loaded weights into the model."""
-    for i, chunk in enumerate(state.chunks):
-        keys = chunk.load_state_dict(loaded["model" if len(state.chunks) == 1 else f"model{i}"], strict=False)
-        wrong = [name for name in (*keys.missing_keys, *keys.unexpected_keys) if not name.endswith(EXTRA_STATE)]
-        assert not wrong, f"weights that model and checkpoint do not share: {wrong}"
+    fill(state.chunks, loaded)
 
 
 def load_optimizer(state: TrainState, loaded: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("errors",), ("config",), ("runs", "snapshot", "attempts", "provenance", "tracker", "metrics", "progress"),
     ("tokenizer", "device", "cpu_megatron", "distributed"), ("tasks",),
-    ("data",), ("model",), ("checkpoint",), ("training",), ("generation",), ("evaluation",), ("rl",),
+    ("data",), ("model",), ("checkpoint",), ("conversion",), ("training",), ("generation",), ("evaluation",), ("rl",),
 )  # fmt: skip
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 LOOKING = {"reports", "launch"}  # read run folders, never objects

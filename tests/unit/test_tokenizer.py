@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.errors import DataError
-from megatron_ext.tokenizer import load_tokenizer
+from megatron_ext.tokenizer import load_tokenizer, tokenizer_of_files
 from tests.unit.small_tokenizers import BEGINNING, END, TEXTS, hugging_face, sentence_piece
 
 
@@ -146,6 +146,43 @@ def test_an_older_folder_goes_through_transformers(tmp_path, folders):
     assert tokenizer.eod_id == values["vocab"][END]
     tokenizer.copy_to(tmp_path / "copy")
     assert load_tokenizer(tmp_path / "copy").identity_hash == tokenizer.identity_hash
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_copy_says_what_only_transformers_knew(tmp_path, folders):
+    values = json.loads((folders["hugging_face"] / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token.replace(END, "<|endoftext|>"): i for token, i in values["vocab"].items()}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in values["merges"]) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "chat_template": "{{ 1 }}"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos_id == tokenizer.eod_id == values["vocab"][END]  # GPT-2's, which no file names
+    tokenizer.copy_to(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").identity_hash == tokenizer.identity_hash
+    config = json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())
+    assert (config["bos_token"], config["chat_template"]) == ("<|endoftext|>", "{{ 1 }}")
+
+
+def test_a_copy_of_a_sentencepiece_model_leaves_another_tokenizer_behind(tmp_path, folders):
+    for folder in folders.values():
+        for path in folder.iterdir():
+            shutil.copy(path, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    named = load_tokenizer(tmp_path / "tokenizer.model")
+    assert named.identity_hash != load_tokenizer(tmp_path).identity_hash  # of a folder with both it is tokenizer.json
+    named.copy_to(tmp_path / "copy")
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
+    assert load_tokenizer(tmp_path / "copy").identity_hash == named.identity_hash
+
+
+def test_files_in_memory_are_a_tokenizer_too(folder):
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert tokenizer_of_files(files).identity_hash == load_tokenizer(folder).identity_hash
+    with pytest.raises(DataError, match=r"^the files beside the weights: no tokenizer in this folder: looked for .* found readme\.txt$"):
+        tokenizer_of_files({"readme.txt": b""})
+    with pytest.raises(DataError, match=r"^tokenizer_config\.json: holds no JSON object"):
+        tokenizer_of_files({**files, "tokenizer.json": b"{}", "tokenizer_config.json": b"[]"})
 
 
 def test_refusals_name_the_file_and_the_way_out(tmp_path):
