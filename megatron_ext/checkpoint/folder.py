@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ext.errors import CheckpointError, DamagedCheckpointError
-from megatron_ext.provenance import Manifest, read_manifest
-from megatron_ext.runs import atomic_write
+from megatron_ext.provenance import MANIFEST, Manifest, read_manifest
+from megatron_ext.runs import CHECKPOINTS, atomic_write
 from megatron_ext.tracker import TRACKER, iteration_path, published
 from megatron_ext.tracker import read_tracker as latest
 
@@ -95,6 +95,26 @@ def prune(folder: Path, keep: int, attempt: int) -> str:
         shutil.rmtree(staging)
     damaged = manifests(folder, published(folder))[1]
     return f"kept, because damaged: {'; '.join(damaged)}" if damaged else ""
+
+
+def named_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest of a run folder or of a folder of checkpoints."""
+    if (path / MANIFEST).is_file() or (path / ".metadata").is_file():  # the second without the first is damaged, as its reader says
+        return path
+    for folder in (path / CHECKPOINTS, path):
+        iteration = latest(folder) if folder.is_dir() else None
+        if iteration is not None:
+            return iteration_path(folder, iteration)
+    what = "has no manifest.json, and no checkpoints below it" if path.exists() else "no such folder"
+    raise CheckpointError(f"{path}: {what}; name a published checkpoint (.../checkpoints/iter_0000100), or a run folder that has some")
+
+
+def adopt(folder: Path, attempt: int) -> None:
+    """Take over what the newest dead attempt has staged, so that work which goes on where it was is not lost; take away all else."""
+    staged = sorted((int(path.name.rpartition("-")[2]), path) for path in folder.glob(".attempt-*"))
+    if staged and staged[-1][0] < attempt:
+        _rename(staged[-1][1], staging_path(folder, attempt))
+    revoke(folder, attempt)
 
 
 def find(folder: Path, tokens: int | None, stage: str) -> tuple[Path, Manifest]:
