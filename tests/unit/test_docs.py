@@ -17,7 +17,7 @@ from megatron_ext.runs import write_run
 from recipes import demo
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_OURS = {".venv", ".git", "runs", "node_modules", "build", "dist"}
+NOT_OURS = {".venv", ".venv-vllm", ".git", "runs", "node_modules", "build", "dist"}
 PAGES = sorted(
     p
     for p in ROOT.rglob("*.md")
@@ -29,6 +29,7 @@ ELSEWHERE = {
     "make test": (".ci/run", "make test"),
     "make test-fast": ("Makefile", 'pytest -m "not slow"'),
     "make lint": ("Makefile", "test: lint"),
+    "make test-vllm": (".ci/run", "make test-vllm"),
     "make demo": (".ci/run", "make demo"),
     "megatron-ext launch demo:demo --local": ("Makefile", "launch demo:demo --local"),
     "megatron-ext launch ./my.py:run --local": ("tests/end_to_end/test_readme.py", "my.py:run"),
