@@ -4,7 +4,8 @@ RUN/recipe.json       what the stage is: science (immutable) and plan (may chang
 RUN/provenance.json   what it was made from and with
 RUN/attempts/N/       appears by one rename: plan.json, log.txt, exit.json
 RUN/metrics.jsonl     every line carries its attempt
-RUN/checkpoints/      training stages only
+RUN/checkpoints/      training and convert stages only
+RUN/exports/          Hugging Face folders of a training stage's checkpoints (plan.export_tokens)
 RUN/DONE              written last; holds the science hash
 """
 
@@ -23,8 +24,8 @@ from megatron_ext.config.stages import Stage, science
 from megatron_ext.errors import RunError
 
 FORMAT = 1
-RECIPE, PROVENANCE, DONE, METRICS, ATTEMPTS, CHECKPOINTS = (
-    "recipe.json", "provenance.json", "DONE", "metrics.jsonl", "attempts", "checkpoints",
+RECIPE, PROVENANCE, DONE, METRICS, ATTEMPTS, CHECKPOINTS, EXPORTS = (
+    "recipe.json", "provenance.json", "DONE", "metrics.jsonl", "attempts", "checkpoints", "exports",
 )  # fmt: skip
 
 

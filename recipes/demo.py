@@ -55,6 +55,7 @@ class Size:
     validation_sequences: int
     ranks: int
     micro_batch: int
+    export_branches: bool  # as Hugging Face folders, when they are trained
 
 
 # 4,096 tokens a step: larger batches learn less from as many tokens. Stable to decay as about 4 to 1: the paper's 10 to 1
@@ -82,6 +83,7 @@ DEMO = Size(
     validation_sequences=32,
     ranks=2,  # as fast as one rank of two threads or faster, and the optimizer is shared as it is on GPUs
     micro_batch=8,
+    export_branches=True,
 )
 SMOKE = Size(
     model=models.smallest(vocab_size=512),
@@ -106,6 +108,7 @@ SMOKE = Size(
     validation_sequences=4,
     ranks=1,
     micro_batch=8,
+    export_branches=False,
 )
 SEED = 20_250_625
 SOURCES = ("math_web", "general_web", "short_cot", "long_cot", "instruction")
@@ -205,7 +208,7 @@ def _training(size: Size) -> tuple[TrainStage, ...]:
         mixture=LONG,
         budget=replace(budget, steps=size.decay_steps),
         schedule=Schedule(shape="cosine", peak=size.peak),
-        plan=replace(stable.plan, validate_every_steps=size.decay_validate_every_steps),
+        plan=replace(stable.plan, validate_every_steps=size.decay_validate_every_steps, export_last=size.export_branches),
     )
     short = replace(long, name="decay_short", mixture=SHORT)
     hybrid = replace(long, name="decay_hybrid", mixture=HYBRID)

@@ -23,6 +23,7 @@ from megatron_ext.errors import MegatronExtError
 from megatron_ext.progress import Meter, progress
 from megatron_ext.provenance import environment, read_corpus
 from megatron_ext.runs import PROVENANCE, Run, mark_done, write_json
+from megatron_ext.training.exports import ExportHook
 from megatron_ext.training.hooks import Context, Hook, LogHook, MetricsHook, Record
 from megatron_ext.training.trainer import train
 
@@ -41,7 +42,7 @@ def run_train(run: Run) -> None:
                 _write_provenance(run, groups)
             summary = _Summary()
             shown = _ProgressHook(terminal)
-            train(run, groups, attempt, [MetricsHook(), LogHook(shown.warn), shown, summary])
+            train(run, groups, attempt, [MetricsHook(), LogHook(shown.warn), ExportHook(), shown, summary])
             if rank == 0:
                 attempt.check_owner()
                 seconds = round(time.perf_counter() - started, 2)

@@ -20,8 +20,8 @@ OUTCOME = {
     "stop": "where the stage stopped",
 }
 NEVER_COMPUTES = {  # of a plan: when and where something is read or written; all else can change a sum's last bits
-    "loader_workers", "log_every_steps", "save_every_steps", "pin_every_tokens", "pin_tokens", "validate_every_steps",
-    "validation_sequences", "asynchronous_saves", "on_failed_save", "on_damaged_checkpoint", "keep_checkpoints",
+    "loader_workers", "log_every_steps", "save_every_steps", "pin_every_tokens", "pin_tokens", "export_tokens", "export_last",
+    "validate_every_steps", "validation_sequences", "asynchronous_saves", "on_failed_save", "on_damaged_checkpoint", "keep_checkpoints",
 }  # fmt: skip
 
 
