@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.__main__ import main
 from megatron_ext.provenance import read_manifest
 from megatron_ext.runs import open_run, read_done
 from megatron_ext.tokenizer import load_tokenizer
@@ -123,7 +125,7 @@ def test_every_checkpoint_of_the_graph_exports_and_generates(here: Path) -> None
 def _export(here: Path, stage: str, step: int) -> Path:
     target = here / "out" / f"{stage}-{step}"
     if not target.exists():
-        megatron_ext(here, "convert", "megatron-to-hf", f"runs/tiny/{stage}/checkpoints/iter_{step:07d}", str(target))
+        assert main(["convert", "megatron-to-hf", str(here / f"runs/tiny/{stage}/checkpoints/iter_{step:07d}"), str(target)]) == 0
     return target
 
 
@@ -140,3 +142,25 @@ def test_what_a_stage_exports_beside_its_training_is_what_the_command_exports(he
 @pytest.mark.slow
 def test_a_second_launch_finds_everything_done(here: Path) -> None:
     assert megatron_ext(here, "launch", "./my.py:run", "--local").count("done before, skipped") == 5
+
+
+@pytest.mark.slow
+def test_a_failed_export_keeps_the_stage_from_being_done_and_the_next_attempt_does_it(here: Path) -> None:
+    run = here / "runs" / "tiny" / "stable"
+    (run / "DONE").unlink()
+    shutil.rmtree(run / "exports" / "iter_0000002")
+    in_the_way = run / "exports" / ".attempt-2" / "iter_0000002" / "notes.txt"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("mine")
+    command = [sys.executable, "-m", "megatron_ext", "train", str(run)]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode != 0
+    assert "the export of step 2 ended with code 2" in failed.stderr
+    assert "not empty: holds notes.txt" in failed.stderr
+    assert "start the stage again, and only what is missing is exported" in failed.stderr
+    assert not (run / "DONE").exists()
+
+    assert "error" not in megatron_ext(here, "train", str(run))
+    assert (run / "DONE").is_file()
+    assert os.listdir(run / "exports") == ["iter_0000002"]
+    assert_equal(weights(run / "exports" / "iter_0000002"), weights(_export(here, "stable", 2)))

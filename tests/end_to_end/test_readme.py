@@ -57,6 +57,12 @@ def test_readmes_recipe_runs_whole(tmp_path: Path) -> None:
     assert "equal to the record of attempt 1, to the bit" in megatron_ext(tmp_path, "why", "runs/mine/stable", "--step", "10")
     assert "0 bytes would be freed" in megatron_ext(tmp_path, "gc", "runs", "--dry-run")
 
+    # Out to Hugging Face and in again: the same model.
+    megatron_ext(tmp_path, "convert", "megatron-to-hf", "runs/mine/stable", "stable-hf")
+    assert "the same model" in megatron_ext(tmp_path, "convert", "check", "runs/mine/stable", "stable-hf", "--prompt", "12 + 30 =")
+    megatron_ext(tmp_path, "convert", "hf-to-megatron", "stable-hf", "stable-again")
+    assert "the same model" in megatron_ext(tmp_path, "convert", "check", "stable-again", "stable-hf", "--tensors-only")
+
     # One stage by hand, from nothing: the same losses, bit for bit.
     run = folder / "decay_long"
     before = [record["loss"] for record in read_metrics(run / "metrics.jsonl", "train")]

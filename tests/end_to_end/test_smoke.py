@@ -65,6 +65,27 @@ def test_the_branches_start_from_the_one_stable_checkpoint(runs):
     assert first_rates == {read_metrics(runs / "smoke" / "stable" / "metrics.jsonl", "train")[-1]["learning_rate"]}
 
 
+def test_every_checkpoint_exports_and_transformers_generates_from_it(runs, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_ext.conversion.to_hugging_face import megatron_to_hf
+    from megatron_ext.tokenizer import load_tokenizer
+
+    own = load_tokenizer(runs / "smoke" / "tokenizer" / "tokenizer")
+    text = "Question: what is 12 + 30?\nAnswer:"
+    checkpoints = [path for stage in TRAINED for path in sorted((runs / "smoke" / stage / "checkpoints").glob("iter_*"))]
+    assert len(checkpoints) >= 9
+    for number, checkpoint in enumerate(checkpoints):
+        folder = megatron_to_hf(checkpoint, tmp_path / str(number), say=lambda _: None)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        assert prompt.input_ids[0].tolist() == own.encode(text)
+        model = AutoModelForCausalLM.from_pretrained(str(folder))
+        ids = model.generate(**prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)[0].tolist()
+        assert tokenizer.decode(ids).startswith(text)
+        assert own.decode(ids) == tokenizer.decode(ids)
+
+
 def test_a_second_launch_finds_everything_done(runs):
     before = {stage: (runs / "smoke" / stage / "DONE").read_bytes() for stage in TRAINED}
     started = time.monotonic()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.launch.load import load_recipe
-from megatron_ext.launch.verbs import RUN_VERBS
+from megatron_ext.launch.verbs import FUNCTIONS, RUN_VERBS
 from megatron_ext.runs import write_run
 from recipes import demo
 
@@ -35,6 +35,9 @@ ELSEWHERE = {
     "megatron-ext launch ./my.py:run --local": ("tests/end_to_end/test_readme.py", "my.py:run"),
     "megatron-ext verify runs/demo": ("tests/end_to_end/test_readme.py", '"verify"'),
     "megatron-ext why runs/demo/stable --step 100": ("tests/end_to_end/test_readme.py", '"why"'),
+    "megatron-ext convert megatron-to-hf runs/demo/stable stable-hf": ("tests/end_to_end/test_readme.py", '"megatron-to-hf"'),
+    'megatron-ext convert check runs/demo/stable stable-hf --prompt "12 + 30 ="': ("tests/end_to_end/test_readme.py", '"check"'),
+    "megatron-ext convert hf-to-megatron stable-hf stable-again": ("tests/end_to_end/test_readme.py", '"hf-to-megatron"'),
     "megatron-ext train runs/demo/decay_long": ("tests/end_to_end/test_readme.py", '"train"'),
 }
 
@@ -122,7 +125,7 @@ def test_the_example_recipe_is_what_the_page_says(here: Path) -> None:
 
 def test_the_table_of_commands_names_every_verb() -> None:
     table = "\n".join(line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `megatron-ext"))
-    for verb in ("plan", "doctor", "launch", "tree", "diff", "why", "verify", "gc", *RUN_VERBS):
+    for verb in ("plan", "doctor", "launch", "why", *FUNCTIONS, *RUN_VERBS):
         assert re.search(rf"megatron-ext [a-z\\|]*\b{verb}\b", table), verb
 
 
