@@ -107,6 +107,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error{rank}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130
     return 0
 

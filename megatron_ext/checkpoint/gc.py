@@ -23,7 +23,7 @@ from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.swap import REPLACED, finish_swaps, unfinished_swaps
 from megatron_ext.errors import CheckpointError, RunError
 from megatron_ext.provenance import read_manifest
-from megatron_ext.runs import RECIPE, Run, open_run
+from megatron_ext.runs import EXPORTS, RECIPE, Run, open_run
 
 DEPTHS = ("", "*/", "*/*/")  # one run, a graph's folder, a folder of graphs
 CLAIM = ".gc"  # in a run folder: which gc cleans it, in the form of an attempt
@@ -135,7 +135,9 @@ def who_is_busy(run: Run) -> str:
 
 def acts(run: Run, starts: set[tuple[str, int | None]], thin: bool = False) -> Iterator[Act]:
     """What is to be done in one run, and with `thin` also which pinned checkpoints keep their optimizer state and why."""
-    checkpoints = run.checkpoints_path
+    checkpoints, exports = run.checkpoints_path, run.path / EXPORTS
+    if exports.is_dir():
+        yield from _left_overs(exports)
     if not checkpoints.is_dir():
         return
     yield from _left_overs(checkpoints)

@@ -71,6 +71,8 @@ class HashingFileSystem(FileSystem):
                 try:
                     yield stream
                 except RuntimeError as error:  # what torch.save makes of it: "unexpected pos 704 vs 598"
+                    if isinstance(error.__context__, KeyboardInterrupt):
+                        raise error.__context__ from None
                     raise stream.refusal or error from None
                 self.digests[Path(path).name] = stream.digest()
         except OSError as refusal:

@@ -189,8 +189,14 @@ def kept_checkpoints(budget: Budget, plan: TrainPlan) -> int:
 
 
 def disk_bytes(model: ModelConfig, budget: Budget, precision: Precision, plan: TrainPlan) -> int:
-    """Disk for the checkpoints of a finished stage."""
-    return kept_checkpoints(budget, plan) * checkpoint_bytes(model, precision, plan)
+    """Disk for the checkpoints of a finished stage, and for its Hugging Face folders."""
+    exports = len(export_steps(budget, plan)) * export_bytes(model, precision)
+    return kept_checkpoints(budget, plan) * checkpoint_bytes(model, precision, plan) + exports
+
+
+def export_bytes(model: ModelConfig, precision: Precision) -> int:
+    """Disk for the weights of one Hugging Face folder."""
+    return _element_bytes(precision) * model.num_parameters
 
 
 def save_host_bytes(model: ModelConfig, precision: Precision, plan: TrainPlan) -> int:

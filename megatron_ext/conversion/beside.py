@@ -16,15 +16,19 @@ from typing import Any
 
 PARENT = "MEGATRON_EXT_EXPORT_PARENT"
 LAUNCHERS = ("TORCHELASTIC_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_")
+VERIFIED = "verified"
 POLITENESS = 10
 PR_SET_PDEATHSIG = 1
 
 
-def start_export(checkpoint: Path, target: Path, log: Path) -> subprocess.Popen[Any]:
-    """Start an export of a published checkpoint into `target`; what it prints goes to `log`."""
+def start_export(checkpoint: Path, target: Path, log: Path, is_verified: bool) -> subprocess.Popen[Any]:
+    """Start an export of a published checkpoint into `target`; what it prints goes to `log`. `OSError` where it cannot be.
+
+    `is_verified`: its digests need not be checked, this very attempt having written it.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     environment = {**kept, "CUDA_VISIBLE_DEVICES": "", PARENT: str(os.getpid())}
-    command = [sys.executable, "-m", "megatron_ext.conversion.beside", str(checkpoint), str(target)]
+    command = [sys.executable, "-m", "megatron_ext.conversion.beside", str(checkpoint), str(target), *([VERIFIED] if is_verified else [])]
     with log.open("ab") as file:
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
 
@@ -44,7 +48,7 @@ def main() -> int:
     from megatron_ext.errors import MegatronExtError
 
     try:
-        megatron_to_hf(Path(sys.argv[1]), Path(sys.argv[2]))
+        megatron_to_hf(Path(sys.argv[1]), Path(sys.argv[2]), is_verified=VERIFIED in sys.argv[3:])
     except MegatronExtError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

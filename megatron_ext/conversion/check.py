@@ -8,6 +8,7 @@ Shapes: B sequences (one), S sequence, V vocabulary.
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +113,9 @@ def _logits(checkpoint: Path, folder: Path, model: ModelConfig, tensors: Compare
     gc.collect()  # the first model's memory, before the second is built
     rounded_to = next(iter(tensors.dtypes)) if tensors.rounded else None
     found = compare_logits(checkpoint_logits_BSV(checkpoint, model, tokens_BS, rounded_to), folder_BSV)
+    if not math.isfinite(found.largest_logit):
+        print("logits    not compared: they are not finite, as the weights hold NaN or infinite numbers")
+        return ["its logits are not finite"]
     print(f"prompt    {prompt.text!r} ({len(prompt.ids)} tokens)")
     print(
         f"logits    {found.largest:.2e} apart at most, at position {found.position} for token {found.token_id}; "
@@ -153,13 +157,13 @@ def _encode(checkpoint: Path, tokenizer_hash: str, folder: Path, model: ModelCon
 
 
 def _difference(checkpoint: Path, tokenizer_hash: str, tokenizer: Tokenizer, text: str, ids: list[int]) -> str:
-    """How the checkpoint's tokenizer, or all that a checkpoint without one knows of it, is not the folder's."""
+    """How the checkpoint's tokenizer, or all that a checkpoint without one knows of it, is not the folder's; '' where it is."""
+    if tokenizer_hash in ("", tokenizer.identity_hash):
+        return ""
     assets = carried(checkpoint)
-    if has_tokenizer(assets):
-        own_ids = _ids(tokenizer_of_files(assets), text)
-        return "" if own_ids == ids else f"{_shown(ids)} by the folder's tokenizer, {_shown(own_ids)} by the checkpoint's"
-    known = {"", tokenizer.identity_hash}
-    return "" if tokenizer_hash in known else f"the folder's tokenizer is {tokenizer.identity_hash}, the checkpoint's was {tokenizer_hash}"
+    said = f"the folder's tokenizer is {tokenizer.identity_hash[:12]}, the checkpoint's {tokenizer_hash[:12]}"
+    own_ids = _ids(tokenizer_of_files(assets), text) if has_tokenizer(assets) else ids
+    return said if own_ids == ids else f"{said}: {_shown(ids)} by the folder's, {_shown(own_ids)} by the checkpoint's"
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

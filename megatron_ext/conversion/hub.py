@@ -231,6 +231,7 @@ def _by_hand(model: HubModel) -> str:
     folder = f"assets/{model.name.split('/')[1]}"
     revision = f" --revision {model.revision}" if model.revision else ""
     return (
+        f"({no_folder(model.name)}, so it is taken for the hub's.) "
         f"Where there is a network, run\n  hf download {model.name}{revision} --include '*.json' --include '*.safetensors' "
         f"--include 'tokenizer*' --include 'merges.txt' --include 'chat_template*' --local-dir {folder}\n"
         f"carry that folder here and name it ({folder}) instead of {model.name}, without a revision. It must hold {CONFIG}, "

@@ -33,6 +33,7 @@ SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.j
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # old Llama files hold RoPE's frequencies, which every program computes itself
+LFS_POINTER = b"version https://git-lfs"  # what a repository cloned without Git LFS has in place of its large files
 AGAIN = "download it again"
 READ_BYTES, LOOK_NUMBERS = 1 << 20, 1 << 24  # at a time
 
@@ -91,6 +92,8 @@ def open_source(folder: Path, allow_pickle: bool = False) -> Source:
 def _open(folder: Path, allow_pickle: bool) -> Source:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name one with {CONFIG} and {SAFETENSORS}, or its parts and their index")
+    if (folder / ".metadata").is_file():
+        raise DataError(f"{folder}: is a Megatron checkpoint, and a Hugging Face folder is wanted here; are the two names swapped?")
     config_path = folder / CONFIG
     if not config_path.is_file():
         raise DataError(f"{config_path}: no such file, and without it a folder's weights mean nothing; {AGAIN}")
@@ -115,7 +118,8 @@ def _found(folder: Path, allow_pickle: bool) -> tuple[str, Path | None]:
         if single == PICKLE and not allow_pickle:
             raise DataError(
                 f"{folder / (single if is_single else index)}: weights as pickles, which can run code when they are opened; "
-                f"use a safetensors version of the model, or allow them (--allow-pickle): they are then read as plain tensors alone"
+                f"use a safetensors version of the model, or let a conversion read them, as plain tensors alone: --allow-pickle, or "
+                f"allow_pickle=true in a recipe's stage"
             )
         if is_single and is_index and single not in _read_index(folder / index).values():
             raise DataError(f"{folder}: holds {single} and {index}, which does not name it: two sets of weights; delete one of them")
@@ -172,6 +176,9 @@ def _safetensors(path: Path) -> dict[str, _Tensor]:
 def _sizes(path: Path) -> str:
     """': it has 10 bytes, its header speaks of 20', where the header can be read."""
     with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return ": a Git LFS pointer stands in its place, run `git lfs pull` in its repository"
+        file.seek(0)
         try:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, path.stat().st_size)))

@@ -14,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,15 +23,17 @@ import torch
 from megatron_ext.checkpoint.folder import named_checkpoint
 from megatron_ext.checkpoint.hashing import Digests, HashingFileSystem
 from megatron_ext.checkpoint.stream_reading import CheckpointReader
+from megatron_ext.checkpoint.verify import verify
 from megatron_ext.config.base import Json, from_json
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.conversion.assets import carried, export_files, has_tokenizer, read_assets
+from megatron_ext.conversion.publishing import publish, work_folder
 from megatron_ext.conversion.safetensors_writing import DTYPES, INDEX, Entry, Stream, Written, index_text, shard_names, writing
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.model.weights import Row, table
 from megatron_ext.progress import Meter, progress
 from megatron_ext.provenance import MANIFEST, Manifest, file_sha256, read_manifest
-from megatron_ext.runs import force_to_disk, read_json, write_json
+from megatron_ext.runs import read_json, write_json
 from megatron_ext.snapshot import code_hash
 from megatron_ext.tokenizer import TOKENIZER_FILES, load_tokenizer
 
@@ -57,11 +60,13 @@ def megatron_to_hf(
     *,
     tokenizer: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    is_verified: bool = False,
 ) -> Path:
     """Write a checkpoint, or a run's newest, as a folder that `transformers` and vLLM load: weights, configs, tokenizer.
 
     `dtype` is 'fp32', 'bf16' or None (as stored). `tokenizer` is a folder, for a checkpoint that carries none. After a kill
-    or a full disk the same call goes on with the shards that were finished. Returns `target`. `CheckpointError` where it
+    or a full disk the same call goes on with the shards that were finished. The checkpoint's digests are checked meanwhile,
+    unless it `is_verified`. Returns `target`. `CheckpointError` where it
     holds anything, where the checkpoint is not of the model that its manifest says (all that is wrong, together), or the disk
     refuses; `DamagedCheckpointError` where a part is missing or cut; `DataError` where the tokenizer does not fit.
     """
@@ -74,14 +79,17 @@ def megatron_to_hf(
     beside = export_files(_assets(checkpoint, manifest, tokenizer), model, _config_dtype(shards))
     if len(shards) > 1:
         beside[INDEX] = index_text({shard.name: shard.entries for shard in shards}).encode()
-    source = {"checkpoint": checkpoint.resolve().name, "manifest_sha256": file_sha256(checkpoint / MANIFEST)}
+    states = {path.name: path.stat().st_mtime_ns for path in sorted(checkpoint.glob("*.distcp"))}
+    source = {"checkpoint": checkpoint.resolve().name, "manifest_sha256": file_sha256(checkpoint / MANIFEST), "modified_ns": states}
     how: Json = {**source, "dtype": _config_dtype(shards), "cast": dtype, "shard_bytes": shard_bytes, "code_hash": code_hash()}
-    aside = target.with_name(f".{target.name}.exporting")
+    aside = work_folder(target, "exporting")
     try:
-        written = _write_weights(aside, shards, reader, how)
+        written = _write_checked(aside, shards, reader, how, is_verified)
         digests = {name: (one.size_bytes, one.sha256) for name, one in written.items()} | _write_beside(aside, beside)
         write_json(aside / CONVERSION, _record(how, manifest, digests, written))
-        _publish(aside, target, {*digests, CONVERSION})
+        (aside / FINISHED).unlink()
+        sizes = {name: size_bytes for name, (size_bytes, _) in digests.items()}
+        publish(aside, target, {**sizes, CONVERSION: (aside / CONVERSION).stat().st_size})
     except OSError as error:
         raise CheckpointError(
             f"{target}: could not be written: {error.strerror or error}: {error.filename or aside}; make room on its disk, "
@@ -183,6 +191,20 @@ def _assets(checkpoint: Path, manifest: Manifest, tokenizer: Path | None) -> dic
 # --- the weights --------------------------------------------------------------------------------------
 
 
+def _write_checked(aside: Path, shards: Sequence[Shard], reader: CheckpointReader, how: Json, is_verified: bool) -> dict[str, Written]:
+    """Write the weights while another thread reads every byte of the checkpoint; nothing is kept of a damaged one."""
+    with ThreadPoolExecutor(1) as beside:
+        checking = None if is_verified else beside.submit(verify, reader.folder)
+        written = _write_weights(aside, shards, reader, how)
+        try:
+            if checking is not None:
+                checking.result()
+        except CheckpointError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    return written
+
+
 def _write_weights(aside: Path, shards: Sequence[Shard], reader: CheckpointReader, how: Json) -> dict[str, Written]:
     """Write the shards that are not there yet; what each of all holds."""
     finished = _finished(aside, [shard.name for shard in shards], how)
@@ -264,22 +286,10 @@ def _record(how: Json, manifest: Manifest, digests: Digests, written: Mapping[st
         "format": FORMAT,
         "source": {"checkpoint": how["checkpoint"], "manifest_sha256": how["manifest_sha256"]}
         | {name: getattr(manifest, name) for name in names},
+        "base_model": {key: manifest.hugging_face[key] for key in ("source", "revision") if key in manifest.hugging_face},
         "code_hash": how["code_hash"],
         "dtype": how["dtype"],
         "files": digests,
         "tensors": {name: sha256 for one in written.values() for name, sha256 in one.tensors.items()},
         "nonfinite": {name: count for one in written.values() for name, count in one.nonfinite.items()},
     }
-
-
-def _publish(aside: Path, target: Path, names: set[str]) -> None:
-    """Give the whole folder its name."""
-    (aside / FINISHED).unlink()
-    found = {path.name for path in aside.iterdir()}
-    if found != names:  # another export into the same folder is under way
-        raise CheckpointError(
-            f"{aside}: was changed while it was written: {sorted(found ^ names)}; let one export at a time write {target}"
-        )
-    force_to_disk(aside)
-    os.rename(aside, target)  # refused by the system where `target` has come to hold anything meanwhile
-    force_to_disk(target.parent)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,18 +21,17 @@ import torch
 
 from megatron_ext.checkpoint.hashing import Digests
 from megatron_ext.checkpoint.stream_writing import FILE_BYTES, Part, forget_job, write_checkpoint
-from megatron_ext.checkpoint.verify import check_files
 from megatron_ext.config.base import Json, content_hash, to_json
 from megatron_ext.config.hugging_face import contradictions, model_from_config
 from megatron_ext.config.model import ModelConfig
-from megatron_ext.conversion.assets import read_assets
+from megatron_ext.conversion.assets import export_files, read_assets
 from megatron_ext.conversion.hub import find_source
+from megatron_ext.conversion.publishing import publish, work_folder
 from megatron_ext.conversion.source import CONFIG, Source, Survey, open_source, survey
 from megatron_ext.errors import CheckpointError, ConfigError, DataError
 from megatron_ext.model.weights import Row, table
 from megatron_ext.progress import progress
-from megatron_ext.provenance import Manifest, write_manifest
-from megatron_ext.runs import force_to_disk
+from megatron_ext.provenance import MANIFEST, Manifest, write_manifest
 from megatron_ext.snapshot import code_hash
 from megatron_ext.tokenizer import Tokenizer, load_tokenizer
 
@@ -63,16 +61,14 @@ def hf_to_megatron(
     target = target.resolve()
     _refuse_taken(target)
     found = find_source(source, revision, allow_pickle)
-    work = target.with_name(f".{target.name}.converting")
+    work = work_folder(target, "converting")
     name = Path(found.name).name if found.revision else found.folder.resolve().name
     imported = import_model(found.folder, work, name=name, allow_pickle=allow_pickle, resize_vocabulary=resize_vocabulary)
     manifest = _manifest(imported, {"source": found.name, "revision": found.revision, **imported.record})
     try:
         write_manifest(work, manifest)
-        force_to_disk(work)
-        check_files(work, manifest)  # another conversion into the same folder may have begun
-        os.rename(work, target)  # refused by the system where `target` has come to hold anything meanwhile
-        force_to_disk(target.parent)
+        sizes = {name: size_bytes for name, (size_bytes, _) in manifest.files.items()}
+        publish(work, target, {**sizes, MANIFEST: (work / MANIFEST).stat().st_size})
     except OSError as error:
         raise CheckpointError(f"{target}: could not be written: {error}; make room there, and run the same command again") from error
     print(f"converted {found.name} to {target}", flush=True)
@@ -125,6 +121,7 @@ def import_model(
     model = _with_rows_for(tokenizer, found, resize_vocabulary, source)
     if expected is not None and (differing := contradictions(expected, model)):
         raise ConfigError(f"{source / CONFIG}: is another model than the recipe's {expected.name}:\n  " + "\n  ".join(differing))
+    export_files(assets, model, "float32")  # what could not go out again does not come in
     written, surveyed = _write(opened, _parts(opened, found, model), work, assets, model, file_bytes)
     record = {"files": surveyed.files, **_numbers(opened), "nonfinite": surveyed.nonfinite}
     if model.vocab_size != found.vocab_size:
@@ -167,7 +164,8 @@ def _with_rows_for(tokenizer: Tokenizer, model: ModelConfig, resize: bool, folde
     if not resize:
         raise DataError(
             f"{folder}: its tokenizer has ids up to {tokenizer.vocab_size - 1:,}, the embedding {model.vocab_size:,} rows; it is another "
-            f"model's tokenizer, or tokens were added to it: --resize-vocabulary gives those the mean of the other rows"
+            f"model's tokenizer, or tokens were added to it: --resize-vocabulary (resize_vocabulary=true in a recipe's stage) gives those "
+            f"the mean of the other rows"
         )
     return replace(model, vocab_size=tokenizer.vocab_size)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext import __version__
+from megatron_ext.config.base import nearest
 from megatron_ext.launch.ranks import Permissions
 from megatron_ext.launch.verbs import RUN_VERBS
 
@@ -21,6 +22,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser, verbs = command_parser()
     if " ".join(given[:2]) in verbs:  # a verb of two words
         given[:2] = [" ".join(given[:2])]
+    elif given[:1] == ["convert"] and len(given) > 2 and not given[1].startswith("-") and not Path(given[1]).exists():
+        parser.error(f"no verb 'convert {given[1]}'{nearest(' '.join(given[:2]), [verb for verb in verbs if ' ' in verb])}")
     arguments, rest = parser.parse_known_args(given)
     arguments.overrides = rest
     if rest and ("recipe" not in arguments or any(word.startswith("-") for word in rest)):

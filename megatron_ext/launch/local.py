@@ -17,7 +17,8 @@ import psutil
 from megatron_ext.attempts import Attempt
 from megatron_ext.config.base import Json
 from megatron_ext.config.cluster import Cluster
-from megatron_ext.config.stages import inputs
+from megatron_ext.config.memory import export_steps
+from megatron_ext.config.stages import TrainStage, inputs
 from megatron_ext.errors import LaunchError, RunError
 from megatron_ext.launch.doctor_folders import changed_parent, obstacle, start_problem
 from megatron_ext.launch.graph import Graph
@@ -25,8 +26,21 @@ from megatron_ext.launch.plan import plan_rows
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions, thread_environment
 from megatron_ext.launch.tree import columns, progress
 from megatron_ext.launch.verbs import RUN_VERBS, check_code
-from megatron_ext.runs import ATTEMPTS, RECIPE, Run, attempt_numbers, open_run, read_done, read_json, refuse_other_science, write_run
+from megatron_ext.runs import (
+    ATTEMPTS,
+    CHECKPOINTS,
+    EXPORTS,
+    RECIPE,
+    Run,
+    attempt_numbers,
+    open_run,
+    read_done,
+    read_json,
+    refuse_other_science,
+    write_run,
+)
 from megatron_ext.snapshot import PACKAGE, files_hash, snapshot_environment, source_files, take_snapshot
+from megatron_ext.tracker import iteration_path
 
 LOG_LINES = 20
 LOOK_SECONDS = 0.5  # between looks for the attempt of a stage; a rank lives longer than that before it begins one
@@ -56,6 +70,8 @@ def launch_local(graph: Graph, runs_dir: Path, cluster: Cluster | None, permissi
         if is_finished(run):
             change = changed_parent(run)
             print(f"{line}, done before, skipped" + (f", although {change}: {_anew(run)}" if change else ""), flush=True)
+            for name in _missing_exports(run, graph.stages[number - 1]):
+                print(f"  its export {name}, which the plan asks for by now, is not there; write it with\n  {_export(run, name)}")
             continue
         print(line, flush=True)
         run_stage(run, snapshot, permissions)
@@ -64,6 +80,18 @@ def launch_local(graph: Graph, runs_dir: Path, cluster: Cluster | None, permissi
 
 def _anew(run: Run) -> str:
     return f"remove {os.path.relpath(run.path)} and launch again to train it from what its parent holds now"
+
+
+def _missing_exports(run: Run, stage: Any) -> list[str]:
+    """Names of the exports that a done stage's plan asks for and that its folder lacks."""
+    steps = export_steps(stage.budget, stage.plan) if isinstance(stage, TrainStage) else ()
+    names = [iteration_path(run.path / EXPORTS, step).name for step in steps]
+    return [name for name in names if not (run.path / EXPORTS / name).exists()]
+
+
+def _export(run: Run, name: str) -> str:
+    folder = os.path.relpath(run.path)
+    return f"megatron-ext convert megatron-to-hf {folder}/{CHECKPOINTS}/{name} {folder}/{EXPORTS}/{name}"
 
 
 def is_finished(run: Run) -> bool:

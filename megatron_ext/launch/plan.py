@@ -13,6 +13,8 @@ from megatron_ext.config.cluster import Cluster
 from megatron_ext.config.memory import (
     checkpoint_bytes,
     disk_bytes,
+    export_bytes,
+    export_steps,
     files_per_checkpoint,
     kept_checkpoints,
     memory,
@@ -99,6 +101,8 @@ def plan_row(graph: Graph, stage: TrainStage, cluster: Cluster | None) -> Json:
             "pinned_steps": list(pinned_steps(budget, plan)),
             "bytes_each": checkpoint_bytes(stage.model, stage.precision, plan),
             "files_each_at_most": files_per_checkpoint(plan),
+            "export_steps": list(export_steps(budget, plan)),
+            "bytes_each_export": export_bytes(stage.model, stage.precision),
             "disk_bytes": disk_bytes(stage.model, budget, stage.precision, plan),
             "files_at_most": kept_checkpoints(budget, plan) * files_per_checkpoint(plan),
         },

@@ -111,7 +111,8 @@ def _compute_words(row: Json) -> str:
 
 def _disk_words(c: Json) -> str:
     checkpoints = _many(c["kept"], "checkpoint")
-    return f"{checkpoints} x {size(c['bytes_each'])} = {size(c['disk_bytes'])}, at most {c['files_each_at_most']} files each"
+    exports = f" + {_many(len(c['export_steps']), 'export')} x {size(c['bytes_each_export'])}" if c["export_steps"] else ""
+    return f"{checkpoints} x {size(c['bytes_each'])}{exports} = {size(c['disk_bytes'])}, at most {c['files_each_at_most']} files each"
 
 
 def count(tokens: int) -> str:

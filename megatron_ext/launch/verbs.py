@@ -25,7 +25,7 @@ RUN_VERBS = {
     "text": Verb("text", "megatron_ext.data.demo_text:run_text", "write the demo's text: real prose, generated problems"),
     "tokenizer": Verb("tokenizer", "megatron_ext.data.train_tokenizer:run_tokenizer", "train the demo's tokenizer"),
     "tokenize": Verb("tokenize", "megatron_ext.data.tokenize:run_tokenize", "turn text into Megatron shards"),
-    "convert": Verb("convert", "megatron_ext.conversion.stage:run_convert", "turn a Hugging Face model into a checkpoint"),
+    "convert": Verb("convert", "megatron_ext.conversion.stage:run_convert", "do a Convert stage's work (by hand: convert hf-to-megatron)"),
     "train": Verb("train", "megatron_ext.training.stage:run_train", "train: every rank of the plan, on this machine"),
     "prepare": Verb("train", "megatron_ext.data.prepare:prepare", "build the data indices of a train run ahead of it"),
     "report": Verb("report", "megatron_ext.reports.page:run_report", "draw figures and a page from run folders", repeats=True),

@@ -107,7 +107,7 @@ def joint_rows(reading: Reading) -> list[JointRow]:
         recorded = s.manifest.parent if s.manifest else None
         parent = reading.find(name)
         tokens = recorded.tokens if recorded else _start_tokens(s, parent)
-        before = recorded.learning_rate if recorded else _learning_rate_at(parent, tokens)
+        before = (recorded.learning_rate if recorded.iteration else None) if recorded else _learning_rate_at(parent, tokens)
         first = s.train[0] if s.train else {}
         after = number(first, "learning_rate")
         rows.append(JointRow(s.name, name, s.config.start.kind, tokens, origin(s), before, after, first.get("step")))

@@ -51,7 +51,8 @@ def check_whole(path: Path, groups: Groups) -> None:
     """`DamagedCheckpointError` with all that is wrong with a checkpoint; every rank calls this."""
     problems = _problems(path, groups)
     if problems:
-        raise DamagedCheckpointError(f"{path}: is damaged:\n  " + "\n  ".join(problems) + "\nBring it back from a copy")
+        way_out = "Bring it back from a copy, or remove its run folder and launch the graph again, which makes it anew"
+        raise DamagedCheckpointError("\n  ".join([f"{path}: is damaged:", *problems]) + f"\n{way_out}")
 
 
 def _candidates(folder: Path, found: list[str]) -> list[int]:

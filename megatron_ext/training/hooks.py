@@ -170,7 +170,8 @@ class LogHook(Hook):
 
     def validation(self, context: Context, records: list[Record]) -> None:
         """Say the held-out losses."""
-        self._say(context, "held-out loss: " + ", ".join(f"{r['source']} {r['loss']:.4f}" for r in records))
+        if records:
+            self._say(context, "held-out loss: " + ", ".join(f"{r['source']} {r['loss']:.4f}" for r in records))
 
     def checkpoint(self, context: Context, saved: Saved) -> None:
         """Say what was published, or why nothing was."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from megatron_ext.attempts import Attempt
 from megatron_ext.checkpoint import folder as folders
@@ -136,4 +137,11 @@ class Saver:
             pinned=pinned,
             skipped=guard.skipped,
             guard=guard.to_json(),
+            hugging_face=_origin(self.began.manifest),
         )
+
+
+def _origin(manifest: Manifest | None) -> dict[str, Any]:
+    """The model that a lineage began with, if it was converted: where it came from, and at which commit."""
+    found = manifest.hugging_face if manifest else {}
+    return {key: found[key] for key in ("source", "revision") if key in found}

@@ -42,7 +42,7 @@ def run_train(run: Run) -> None:
                 _write_provenance(run, groups)
             summary = _Summary()
             shown = _ProgressHook(terminal)
-            train(run, groups, attempt, [MetricsHook(), LogHook(shown.warn), ExportHook(), shown, summary])
+            train(run, groups, attempt, [MetricsHook(), LogHook(shown.warn), ExportHook(shown.warn), shown, summary])
             if rank == 0:
                 attempt.check_owner()
                 seconds = round(time.perf_counter() - started, 2)

@@ -73,8 +73,13 @@ def differing(one: Tensors, other: Tensors) -> list[str]:
     return [
         name
         for name in {**one, **other}
-        if name not in one or name not in other or one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])
+        if name not in one or name not in other or bits(one[name]) != bits(other[name])
     ]
+
+
+def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    """All of a tensor; equality of numbers would take -0.0 for 0.0."""
+    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def state(folder: Path) -> Tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,8 @@ def test_what_a_stage_exports_beside_its_training_is_what_the_command_exports(he
         made = here / "runs" / "tiny" / stage / "exports"
         assert os.listdir(made) == [f"iter_{step:07d}"]
         assert_equal(weights(made / f"iter_{step:07d}"), weights(_export(here, stage, step)))
+    record = json.loads((here / "runs/tiny/decay/exports/iter_0000004/conversion.json").read_text())
+    assert record["base_model"] == {"source": str(here / "model"), "revision": None}
     check = megatron_ext(here, "convert", "check", "runs/tiny/decay", "runs/tiny/decay/exports/iter_0000004", "--prompt", "the quick")
     assert "bit-equal" in check
 
@@ -142,6 +145,9 @@ def test_what_a_stage_exports_beside_its_training_is_what_the_command_exports(he
 @pytest.mark.slow
 def test_a_second_launch_finds_everything_done(here: Path) -> None:
     assert megatron_ext(here, "launch", "./my.py:run", "--local").count("done before, skipped") == 5
+    again = megatron_ext(here, "launch", "./my.py:run", "--local", "stable.plan.export_last=true")
+    assert "its export iter_0000004, which the plan asks for by now, is not there; write it with" in again
+    assert "megatron-ext convert megatron-to-hf runs/tiny/stable/checkpoints/iter_0000004 runs/tiny/stable/exports/iter_0000004" in again
 
 
 @pytest.mark.slow
@@ -155,12 +161,26 @@ def test_a_failed_export_keeps_the_stage_from_being_done_and_the_next_attempt_do
     command = [sys.executable, "-m", "megatron_ext", "train", str(run)]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode != 0
-    assert "the export of step 2 ended with code 2" in failed.stderr
-    assert "not empty: holds notes.txt" in failed.stderr
-    assert "start the stage again, and only what is missing is exported" in failed.stderr
+    assert re.search(
+        r"the export of step 2 to \S+exports failed: it ended with code 2: \S+iter_0000002: not empty: holds notes.txt", failed.stderr
+    )
+    assert "Start the stage again, and only what is missing is exported" in failed.stderr
     assert not (run / "DONE").exists()
 
     assert "error" not in megatron_ext(here, "train", str(run))
     assert (run / "DONE").is_file()
     assert os.listdir(run / "exports") == ["iter_0000002"]
     assert_equal(weights(run / "exports" / "iter_0000002"), weights(_export(here, "stable", 2)))
+
+
+@pytest.mark.slow
+def test_an_export_of_a_checkpoint_that_was_trained_again_is_made_again(here: Path) -> None:
+    run = here / "runs" / "tiny" / "stable"
+    (run / "DONE").unlink()
+    record = run / "exports" / "iter_0000002" / "conversion.json"
+    stale = json.loads(record.read_text())
+    stale["source"]["manifest_sha256"] = "0" * 64
+    record.write_text(json.dumps(stale))
+    megatron_ext(here, "train", str(run))
+    assert json.loads(record.read_text())["source"]["manifest_sha256"] != "0" * 64
+    assert os.listdir(run / "exports") == ["iter_0000002"]

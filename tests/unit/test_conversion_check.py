@@ -204,11 +204,13 @@ def compared(pair, tmp_path_factory) -> dict[str, tuple[str, str]]:
     path = tmp_path_factory.mktemp("others")
     other_tokenizer = shutil.copytree(folder, path / "tokenizer")
     small_tokenizers.hugging_face(other_tokenizer, 280)
+    not_finite = changed(folder, path / "nan", lambda tensors: tensors[UP].fill_(float("nan")))
     half = hugging_face_folder(path / "half", "llama", torch.bfloat16, num_hidden_layers=2)
     older = without_tokenizer(checkpoint, path / "older")
     commands: dict[str, list[Any]] = {
         "same": [checkpoint, folder, "--prompt", PROMPT],
         "changed": [checkpoint, changed(folder, path / "changed", lambda tensors: tensors[UP].mul_(1.5))],
+        "not finite": [hf_to_megatron(str(not_finite), path / "nan_checkpoint"), not_finite],
         "tokenizer": [checkpoint, other_tokenizer],
         "older": [older, folder],
         "older, tokenizer": [older, other_tokenizer],
@@ -237,6 +239,13 @@ def test_the_same_model_gives_the_same_logits(compared):
     assert shown.endswith("verdict   the same model\n")
 
 
+def test_logits_that_are_not_finite_are_the_same_as_nothing(compared):
+    shown, error = compared["not finite"]
+    assert "different" in shown
+    assert "logits    not compared: they are not finite" in shown
+    assert error.rstrip().endswith("its logits are not finite")
+
+
 def test_a_changed_weight_shows_in_the_logits(compared):
     shown, error = compared["changed"]
     assert differing(shown) > 1e-2
@@ -247,14 +256,14 @@ def test_a_changed_weight_shows_in_the_logits(compared):
 def test_a_tokenizer_of_another_model(compared):
     shown, error = compared["tokenizer"]
     assert "its tokenizer is another" in error
-    assert re.search(r"^tokens    .* by the folder's tokenizer, .* by the checkpoint's$", shown, re.MULTILINE)
+    assert re.search(r"^tokens    the folder's tokenizer is .*: .* by the folder's, .* by the checkpoint's$", shown, re.MULTILINE)
 
 
 def test_a_checkpoint_that_carries_no_tokenizer(compared):
     assert compared["older"][0].endswith("verdict   the same model\n")
     shown, error = compared["older, tokenizer"]
     assert "its tokenizer is another" in error
-    assert re.search(r"^tokens    the folder's tokenizer is [0-9a-f]{64}, the checkpoint's was [0-9a-f]{64}$", shown, re.MULTILINE)
+    assert re.search(r"^tokens    the folder's tokenizer is [0-9a-f]{12}, the checkpoint's [0-9a-f]{12}$", shown, re.MULTILINE)
 
 
 def test_half_precision_is_the_same_numbers_on_both_sides(compared):

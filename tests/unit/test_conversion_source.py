@@ -246,6 +246,19 @@ def test_everything_that_is_wrong_is_said_at_once(sharded):
         assert part in str(error.value)
 
 
+def test_a_checkpoint_in_its_place_is_said_to_be_one(tmp_path):
+    (tmp_path / ".metadata").write_bytes(b"")
+    with pytest.raises(DataError, match="is a Megatron checkpoint, and a Hugging Face folder is wanted here; are the two names swapped"):
+        open_source(tmp_path)
+
+
+def test_a_file_that_git_lfs_has_not_fetched_is_said_to_be_one(single):
+    path = next(single.glob("*.safetensors"))
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(DataError, match=r"a Git LFS pointer stands in its place, run `git lfs pull`"):
+        open_source(single)
+
+
 def test_a_config_that_is_no_object_and_a_folder_that_is_none_are_refused(single):
     (single / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config\.json"):

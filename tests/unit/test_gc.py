@@ -75,9 +75,14 @@ def test_leftovers_and_routine_checkpoints_go(graph, capsys):
     _, run = graph
     left = leave_behind(run)
     (run.checkpoints_path / "notes").mkdir()
+    dead = run.path / "exports" / ".attempt-1" / "iter_0000004"
+    dead.mkdir(parents=True)
+    whole = run.path / "exports" / "iter_0000002"
+    whole.mkdir()
     (run.checkpoints_path / ".snapshot").mkdir()  # of a file server: not ours
     before = sum(len(content or b"") for content in listing(run.checkpoints_path).values())
     said = gc(capsys, run.path.parent)
+    assert (dead.parent.exists(), whole.exists()) == (False, True)
     assert folders.published(run.checkpoints_path) == [2, 4, 5, 6]
     assert {p.name for p in run.checkpoints_path.iterdir()} == {
         folders.TRACKER,

@@ -267,7 +267,10 @@ def test_offline_with_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch, capsy
 def test_no_network_and_no_word_about_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = hub.add(NAME, FILES)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match=r"a/b at main: http\S+ cannot be reached \(ConnectError.*\)\. Where there is a network, run"):
+    with pytest.raises(
+        DataError,
+        match=r"a/b at main: http\S+ cannot be reached \(ConnectError.*\)\. \(there is no folder a/b .*\) Where there is a network, run",
+    ):
         find_source("a/b", None)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     found = find_source(NAME, None)

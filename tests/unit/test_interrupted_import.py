@@ -16,7 +16,7 @@ import torch
 
 from megatron_ext.checkpoint import stream_writing
 from megatron_ext.checkpoint.verify import verify
-from megatron_ext.conversion import to_megatron
+from megatron_ext.conversion import publishing, to_megatron
 from megatron_ext.conversion.to_megatron import Imported, hf_to_megatron, import_model
 from megatron_ext.errors import CheckpointError, DamagedCheckpointError
 from megatron_ext.provenance import Manifest, file_sha256, read_manifest
@@ -71,12 +71,15 @@ def killed(groups: Any, source: Path, target: Path, point: str) -> None:
         stream_writing.write_metadata = die
     elif point == "before the manifest":
         to_megatron.write_manifest = die
+    elif point == "before the renames":
+        to_megatron.publish = die
     else:
-        to_megatron.os.rename = die
+        publishing.force_to_disk = die
     convert(source, target)
 
 
-POINTS = {"in the third file": 2, "before the metadata": DATA_FILES, "before the manifest": 0, "before the rename": 0}  # -> data files kept
+POINTS = {"in the third file": 2, "before the metadata": DATA_FILES, "before the manifest": 0, "before the renames": 0,
+          "between the renames": 0}  # fmt: skip  # -> data files kept
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -85,8 +88,8 @@ def test_a_killed_conversion_goes_on_where_it_was(source, undisturbed, tmp_path,
     with pytest.raises(AssertionError, match=DEAD):
         ranks.run(killed, CPU, source, target, point)
     (work,) = tmp_path.iterdir()
-    assert work.name == ".checkpoint.converting"
-    if point != "before the rename":
+    assert work.name.startswith(".checkpoint.converting.") if point == "between the renames" else work.name == ".checkpoint.converting"
+    if not point.endswith("the renames"):
         with pytest.raises(DamagedCheckpointError, match=r"has no manifest\.json"):
             read_manifest(work)
     before = states(work)

@@ -163,6 +163,8 @@ def test_checkpoints():
     assert {2_384, 30_994, 50_000} <= set(steps)
     assert kept_checkpoints(BATCH, plan) == 24
     assert disk_bytes(model, BATCH, "bf16", plan) == 24 * 14 * 3_212_749_824
+    exporting = dataclasses.replace(plan, export_tokens=(BATCH.tokens_before(10),), export_last=True)
+    assert disk_bytes(model, BATCH, "bf16", exporting) == (25 * 14 + 2 * 2) * 3_212_749_824
 
 
 def test_checkpoints_without_pins_and_in_fp32():

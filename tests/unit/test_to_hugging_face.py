@@ -245,6 +245,17 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, checkpoint):
         megatron_to_hf(tmp_path / "nowhere", tmp_path / "out", say=quiet)
 
 
+def test_a_flipped_bit_is_not_exported(tmp_path, checkpoint):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    path = sorted(copy.glob("*.distcp"))[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DamagedCheckpointError, match=rf"{path.name}.*"):
+        megatron_to_hf(copy, tmp_path / "out", say=quiet)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["checkpoint"]
+
+
 def test_numbers_that_cannot_be_read_stop_it_and_nothing_looks_whole(tmp_path, checkpoint):
     copy = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
     facts = {name: getattr(read_manifest(copy), name) for name in ("model", "tokenizer_hash")}
