@@ -70,11 +70,7 @@ def tensors(folder: Path) -> Tensors:
 
 def differing(one: Tensors, other: Tensors) -> list[str]:
     """Names of tensors that are not bit-equal, or stand on one side only."""
-    return [
-        name
-        for name in {**one, **other}
-        if name not in one or name not in other or bits(one[name]) != bits(other[name])
-    ]
+    return [name for name in {**one, **other} if name not in one or name not in other or bits(one[name]) != bits(other[name])]
 
 
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
