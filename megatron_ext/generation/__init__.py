@@ -1,0 +1,1 @@
+"""Text from a model: how tokens are drawn, and the engines that draw them."""
