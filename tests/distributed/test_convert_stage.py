@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_ext.__main__ import main
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.stages import ConvertStage
 from megatron_ext.errors import CheckpointError
@@ -99,17 +100,17 @@ def test_a_conversion_that_was_published_and_not_marked_is_only_marked(tmp_path:
     assert (run.checkpoints_path / "iter_0000000" / "manifest.json").stat().st_mtime_ns == written
 
 
-def test_a_source_that_is_another_model_is_refused_and_recorded(tmp_path: Path, source: Path) -> None:
+def test_a_source_that_is_another_model_is_refused_and_recorded(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(
         tmp_path / "graph" / "llama",
         "graph",
         ConvertStage(name="llama", model_id=str(source), model=replace(MODEL, num_layers=5, rope_base=500_000.0)),
         {},
     )
-    found = convert(run)
-    assert found.returncode == 2
-    assert "num_layers: 5 in the recipe, 4 in config.json" in found.stderr
-    assert "rope_base: 500000.0 in the recipe, 10000.0 in config.json" in found.stderr
+    assert main(["convert", str(run.path)]) == 2
+    said = capsys.readouterr().err
+    assert "num_layers: 5 in the recipe, 4 in config.json" in said
+    assert "rope_base: 500000.0 in the recipe, 10000.0 in config.json" in said
     assert read_json(run.path / "attempts/1/exit.json", "how it ended")["reason"] == "failed"
     assert not list(run.checkpoints_path.glob("iter_*"))
 
@@ -144,7 +145,7 @@ def test_a_name_of_a_checkpoint(tmp_path: Path, source: Path) -> None:
     run = convert_run(tmp_path, source)
     with pytest.raises(CheckpointError, match=r"llama: has no manifest\.json, and no checkpoints below it; name a published checkpoint"):
         named_checkpoint(run.path)
-    assert convert(run).returncode == 0
+    assert main(["convert", str(run.path)]) == 0
     path = run.checkpoints_path / "iter_0000000"
     assert named_checkpoint(path) == named_checkpoint(run.path) == named_checkpoint(run.checkpoints_path) == path
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import random
 from collections import Counter
@@ -19,9 +18,9 @@ from megatron_ext.tasks import equivalence
 from megatron_ext.tasks.equivalence import Finding, compare
 from megatron_ext.tasks.grading import Verdict, grade, grade_answer
 from megatron_ext.tasks.problems import FormName, Problem, read_problems
+from tests.benchmark_files import BENCHMARKS
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "grading_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-BENCHMARKS = Path(os.environ.get("MEGATRON_EXT_BENCHMARKS") or Path(__file__).resolve().parents[3] / "shared" / "benchmarks")
 UNREADABLE = frozenset({"1965", "2045"})  # OlympiadBench: a gold with a condition in prose, and one with letters before its interval
 MOST_ERRORS = 0.01
 # (gold, answer) -> why the grader judges otherwise than a person does; at most 1 % each way.
