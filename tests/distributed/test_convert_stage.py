@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -51,6 +53,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.small_models import hugging_face_folder
 
     return hugging_face_folder(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """A verb pins the threads of its process, by its environment."""
+    with patch.dict(os.environ):
+        yield
 
 
 def convert_run(folder: Path, source: Path, **changes: object) -> Run:
