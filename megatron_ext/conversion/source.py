@@ -8,8 +8,6 @@ every byte once: digests of the files, and the numbers that are not finite.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -21,20 +19,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_ext.checkpoint.hashing import Digests
+from megatron_ext.config import model_source
 from megatron_ext.config.base import Json
 from megatron_ext.config.hugging_face import parse_config
+from megatron_ext.config.model_source import CONFIG
+from megatron_ext.config.safetensors_header import AGAIN, COMPUTED, read_header
 from megatron_ext.conversion.safetensors_writing import count_nonfinite
 from megatron_ext.errors import DataError
 from megatron_ext.provenance import is_plain_name
 from megatron_ext.runs import read_json
 
-CONFIG = "config.json"
-SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+SAFETENSORS, SAFETENSORS_INDEX = model_source.SAFETENSORS
+PICKLE, PICKLE_INDEX = model_source.PICKLES
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # old Llama files hold RoPE's frequencies, which every program computes itself
-LFS_POINTER = b"version https://git-lfs"  # what a repository cloned without Git LFS has in place of its large files
-AGAIN = "download it again"
 READ_BYTES, LOOK_NUMBERS = 1 << 20, 1 << 24  # at a time
 
 
@@ -161,32 +158,17 @@ def _open_files(folder: Path, names: list[str], index: Path | None) -> tuple[Fil
 
 
 def _safetensors(path: Path) -> dict[str, _Tensor]:
+    read_header(path)
     try:
         handle = safe_open(path, framework="pt")  # stays open, and the file mapped, as long as the source is used
         slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - it is no dict
     except (SafetensorError, OSError) as cause:
-        raise DataError(f"{path}: not a whole safetensors file{_sizes(path)} ({cause}); {AGAIN}") from None
+        raise DataError(f"{path}: not a whole safetensors file ({cause}); {AGAIN}") from None
 
     def reader(name: str) -> Callable[[], torch.Tensor]:
         return lambda: handle.get_tensor(name)
 
     return {name: _Tensor(tuple(part.get_shape()), part.get_dtype(), reader(name)) for name, part in slices.items()}
-
-
-def _sizes(path: Path) -> str:
-    """': it has 10 bytes, its header speaks of 20', where the header can be read."""
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            return ": a Git LFS pointer stands in its place, run `git lfs pull` in its repository"
-        file.seek(0)
-        try:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-            end = 8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return ""
-    found = path.stat().st_size
-    return f": it has {found:,} bytes, its header speaks of {end:,}" if found != end else ""
 
 
 def _pickle(path: Path) -> dict[str, _Tensor]:

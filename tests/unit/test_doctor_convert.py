@@ -159,9 +159,9 @@ def describe_another_model(folder: Path) -> None:
     ("damage", "part"),
     [
         (lose_a_shard, "lacks model-00002-of-00002.safetensors"),
-        (cut_a_shard, "model-00002-of-00002.safetensors: 90 bytes, but its header speaks of"),
-        (cut_a_header, "model-00002-of-00002.safetensors: 20 bytes, cut short within its header, or no safetensors file"),
-        (break_a_header, "its header is not that of a safetensors file (TypeError"),
+        (cut_a_shard, "model-00002-of-00002.safetensors: not a whole safetensors file: it has 90 bytes, its header speaks of"),
+        (cut_a_header, "model-00002-of-00002.safetensors: not a whole safetensors file: it has 20 bytes, and ends within its header"),
+        (break_a_header, "not a whole safetensors file: its header is none (TypeError"),
         (clone_without_lfs, "a Git LFS pointer, not the file; run `git lfs pull`"),
         (hold_a_tensor_twice, "b stands in model-00001-of-00002.safetensors and in model-00002-of-00002.safetensors"),
         (hold_fewer_numbers, f"its weights are {NUMBERS - 1:,} numbers, those of config.json's model {NUMBERS:,}"),
