@@ -20,8 +20,8 @@ LAYOUT_KEYS = ("tensor", "pipeline", "virtual_pipeline", "context")  # what a ro
 
 
 @config
-class TrainPlan:
-    """Parallelism, batching and intervals of one attempt of a training stage."""
+class ParallelPlan:
+    """What every stage that trains weights plans: its ranks, their layout, its intervals and its checkpoints."""
 
     device: Device = "gpu"
     nodes: int = 1
@@ -32,52 +32,20 @@ class TrainPlan:
     virtual_pipeline: int = 1  # model chunks per pipeline rank; more than 1 interleaves
     overlap_p2p: bool = False  # separate, overlapped sends; needed for interleaving at pipeline=2
     context: int = 1
-    micro_batch: int = 1
     distributed_optimizer: bool = True
     recompute: Recompute = "none"
     threads_per_rank: int = 1
-    loader_workers: int = 0
     log_every_steps: int = 1
     save_every_steps: int = 1000
-    pin_every_tokens: int = 0  # also save at the step nearest to each multiple; 0: only the interval and the end
-    pin_tokens: tuple[int, ...] = ()  # also save at these steps; a graph adds the points that its stages start from
-    export_tokens: tuple[int, ...] = ()  # write Hugging Face folders of these points beside the training; each is pinned too
-    export_last: bool = False  # and of the stage's last checkpoint
     validate_every_steps: int = 1000
-    validation_sequences: int = 64  # held-out sequences per source
+    export_last: bool = False  # write the stage's last checkpoint as a Hugging Face folder too
     asynchronous_saves: bool = False  # write from a copy in memory while training goes on
     on_failed_save: Literal["stop", "go_on"] = "stop"  # a full disk, say; the last save of a stage must succeed
     on_damaged_checkpoint: Literal["fall_back", "stop"] = "fall_back"  # to the newest whole one of the run, recorded
     keep_checkpoints: int = 3  # newest, besides pinned ones and the last
 
     def __post_init__(self) -> None:
-        sizes = ("nodes", "ranks_per_node", "tensor", "pipeline", "virtual_pipeline", "context", "micro_batch",
-                 "threads_per_rank", "log_every_steps", "save_every_steps", "validate_every_steps", "keep_checkpoints")  # fmt: skip
-        for key in sizes:
-            if getattr(self, key) < 1:
-                raise ConfigError(f"plan: {key} is {getattr(self, key)}, must be at least 1")
-        for key in ("loader_workers", "pin_every_tokens", "validation_sequences"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"plan: {key} is {getattr(self, key)}, must not be negative")
-        for key in ("pin_tokens", "export_tokens"):
-            if any(tokens < 1 for tokens in getattr(self, key)):
-                raise ConfigError(f"plan: {key} is {list(getattr(self, key))}, but nothing is saved before step 1; name tokens above 0")
-        if self.num_ranks % self.model_parallel:
-            raise ConfigError(
-                f"plan: nodes {self.nodes} x ranks_per_node {self.ranks_per_node} = {self.num_ranks} ranks is no multiple of "
-                f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context} = {self.model_parallel}; "
-                f"change one of them"
-            )
-        if self.sequence_parallel and self.tensor == 1:
-            raise ConfigError("plan: sequence_parallel needs tensor > 1; switch it off or raise tensor")
-        if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise ConfigError(f"plan: virtual_pipeline {self.virtual_pipeline} needs pipeline > 1")
-        if self.virtual_pipeline > 1 and self.pipeline == 2 and not self.overlap_p2p:
-            raise ConfigError(
-                "plan: interleaving (virtual_pipeline > 1) at pipeline=2 without overlap_p2p trains on wrong gradients: "
-                "Megatron-Core matches the forward and backward messages of the two ranks by order. "
-                "Set overlap_p2p=true, or pipeline=4, or virtual_pipeline=1"
-            )
+        check_layout(self)
 
     @property
     def num_ranks(self) -> int:
@@ -95,6 +63,53 @@ class TrainPlan:
         return self.num_ranks // self.model_parallel
 
 
+@config
+class TrainPlan(ParallelPlan):
+    """Parallelism, batching and intervals of one attempt of a training stage."""
+
+    micro_batch: int = 1
+    loader_workers: int = 0
+    pin_every_tokens: int = 0  # also save at the step nearest to each multiple; 0: only the interval and the end
+    pin_tokens: tuple[int, ...] = ()  # also save at these steps; a graph adds the points that its stages start from
+    export_tokens: tuple[int, ...] = ()  # write Hugging Face folders of these points beside the training; each is pinned too
+    validation_sequences: int = 64  # held-out sequences per source
+
+    def __post_init__(self) -> None:
+        check_layout(self)
+        at_least(self, 1, "micro_batch")
+        at_least(self, 0, "loader_workers", "pin_every_tokens", "validation_sequences")
+        for key in ("pin_tokens", "export_tokens"):
+            if any(tokens < 1 for tokens in getattr(self, key)):
+                raise ConfigError(f"plan: {key} is {list(getattr(self, key))}, but nothing is saved before step 1; name tokens above 0")
+
+
+def at_least(plan: ParallelPlan, least: int, *keys: str) -> None:
+    for key in keys:
+        if getattr(plan, key) < least:
+            raise ConfigError(f"plan: {key} is {getattr(plan, key)}, must {'not be negative' if least == 0 else f'be at least {least}'}")
+
+
+def check_layout(plan: ParallelPlan) -> None:
+    at_least(plan, 1, "nodes", "ranks_per_node", "tensor", "pipeline", "virtual_pipeline", "context", "threads_per_rank",
+              "log_every_steps", "save_every_steps", "validate_every_steps", "keep_checkpoints")  # fmt: skip
+    if plan.num_ranks % plan.model_parallel:
+        raise ConfigError(
+            f"plan: nodes {plan.nodes} x ranks_per_node {plan.ranks_per_node} = {plan.num_ranks} ranks is no multiple of "
+            f"tensor {plan.tensor} x pipeline {plan.pipeline} x context {plan.context} = {plan.model_parallel}; "
+            f"change one of them"
+        )
+    if plan.sequence_parallel and plan.tensor == 1:
+        raise ConfigError("plan: sequence_parallel needs tensor > 1; switch it off or raise tensor")
+    if plan.virtual_pipeline > 1 and plan.pipeline == 1:
+        raise ConfigError(f"plan: virtual_pipeline {plan.virtual_pipeline} needs pipeline > 1")
+    if plan.virtual_pipeline > 1 and plan.pipeline == 2 and not plan.overlap_p2p:
+        raise ConfigError(
+            "plan: interleaving (virtual_pipeline > 1) at pipeline=2 without overlap_p2p trains on wrong gradients: "
+            "Megatron-Core matches the forward and backward messages of the two ranks by order. "
+            "Set overlap_p2p=true, or pipeline=4, or virtual_pipeline=1"
+        )
+
+
 def micro_batches(plan: TrainPlan, budget: Budget) -> int:
     """Micro-batches per data-parallel rank and step."""
     return budget.sequences_per_batch // (plan.micro_batch * plan.data_parallel)
@@ -102,7 +117,7 @@ def micro_batches(plan: TrainPlan, budget: Budget) -> int:
 
 def check_plan(model: ModelConfig, budget: Budget, precision: Precision, plan: TrainPlan) -> None:
     """Raise `ConfigError` where the plan does not fit the model or the batch."""
-    _check_split(model, plan)
+    check_split(model, plan)
     _check_batch(budget, plan)
     if budget.sequence_length > model.max_positions:
         raise ConfigError(
@@ -114,10 +129,10 @@ def check_plan(model: ModelConfig, budget: Budget, precision: Precision, plan: T
         if budget.sequence_length % size:
             raise ConfigError(f"plan: sequence_length {budget.sequence_length} is no multiple of {key} = {size}")
     if plan.device == "cpu":
-        _check_cpu(precision, plan)
+        check_cpu(precision, plan)
 
 
-def _check_split(model: ModelConfig, plan: TrainPlan) -> None:
+def check_split(model: ModelConfig, plan: ParallelPlan) -> None:
     rows = (
         ("num_attention_heads", model.num_attention_heads),
         ("num_query_groups", model.num_query_groups),
@@ -152,7 +167,7 @@ def _check_batch(budget: Budget, plan: TrainPlan) -> None:
         raise ConfigError(f"plan: interleaving needs the micro-batches per step ({count}) to be a multiple of pipeline {plan.pipeline}")
 
 
-def _check_cpu(precision: Precision, plan: TrainPlan) -> None:
+def check_cpu(precision: Precision, plan: ParallelPlan) -> None:
     if precision != "fp32":
         why = (
             "FP8 needs Transformer Engine and a GPU of the Hopper generation or newer"

@@ -155,3 +155,50 @@ class Sampling:
             raise ConfigError(f"sampling: top_k is {self.top_k}, must be at least 1, or null for all tokens")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"sampling: top_p is {self.top_p}, must lie in (0, 1]")
+
+
+@config
+class Rollouts:
+    """What a rollout step samples, and how it is split into updates. The paper: 128 prompts x 16, 64 prompts an update."""
+
+    prompts_per_step: int = 128
+    responses_per_prompt: int = 16
+    prompts_per_update: int = 64
+    max_prompt_tokens: int = 400  # longer prompts are left out, and counted
+    sampling: Sampling = Sampling()
+    max_staleness: Literal[0, 1] = 0  # rollout steps by which the sampling weights may lag; 0 is exact
+    resample_uninformative: int = 0  # further draws of prompts in place of groups without a difference (DAPO's dynamic sampling)
+    drop_easy_share: float | None = None  # after each pass over the prompts, those with at least this share right leave; None: none
+
+    def __post_init__(self) -> None:
+        for key in ("prompts_per_step", "responses_per_prompt", "prompts_per_update", "max_prompt_tokens"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"rollouts: {key} is {getattr(self, key)}, must be at least 1")
+        if self.prompts_per_step % self.prompts_per_update:
+            raise ConfigError(
+                f"rollouts: {self.prompts_per_step} prompts a step are no multiple of {self.prompts_per_update} prompts an update; "
+                f"change one of them"
+            )
+        if self.resample_uninformative < 0:
+            raise ConfigError(f"rollouts: resample_uninformative is {self.resample_uninformative}, must not be negative")
+        if self.resample_uninformative and self.max_staleness:
+            raise ConfigError("rollouts: resample_uninformative needs max_staleness=0: what is informative is known after grading alone")
+        if self.drop_easy_share is not None and not 0 < self.drop_easy_share <= 1:
+            raise ConfigError(f"rollouts: drop_easy_share is {self.drop_easy_share}, must lie in (0, 1]")
+        if self.sampling.temperature == 0:
+            raise ConfigError("rollouts: sampling.temperature is 0, so that all responses to a prompt are one; the paper samples at 1.0")
+        if self.sampling.top_k is not None or self.sampling.top_p != 1:
+            raise ConfigError(
+                "rollouts: top_k and top_p are for validation and generate; the update needs log-probabilities of every token "
+                "that training could raise. Use temperature alone"
+            )
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one rollout step; the paper's plots count these."""
+        return self.prompts_per_step // self.prompts_per_update
+
+    @property
+    def responses_per_step(self) -> int:
+        """Responses of one rollout step."""
+        return self.prompts_per_step * self.responses_per_prompt

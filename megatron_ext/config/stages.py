@@ -17,7 +17,10 @@ from megatron_ext.config.mixture import Mixture
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import Optimizer
 from megatron_ext.config.plan import Precision, TrainPlan, check_plan
+from megatron_ext.config.rl import Lengths, Objective, Rollouts
+from megatron_ext.config.rl_plan import RLPlan, check_rl_plan
 from megatron_ext.config.schedule import Schedule
+from megatron_ext.config.tasks import ProblemSet, RewardName, TemplateName, Validation
 from megatron_ext.errors import ConfigError
 
 
@@ -207,6 +210,62 @@ class TrainStage:
 
 
 @config
+class RLStage:
+    """GRPO from a checkpoint: prompts, their template and reward, rollouts, lengths, objective.
+
+    Without a word the numbers are the paper's (its section 4) and, where it is silent, its trainer's: AdamW with betas 0.9 and
+    0.999 and weight decay 0.01, a constant rate without warm-up, gradients clipped at 1.
+    """
+
+    name: str
+    start: Weights
+    model: ModelConfig
+    problems: ProblemSet
+    validation: Validation
+    lengths: Lengths
+    steps: int  # rollout steps; each is `rollouts.updates_per_step` updates
+    text: str | None = None  # a text stage's name; None: the paths of the problems stand alone
+    template: TemplateName = "complex"
+    reward: RewardName = "correct"
+    rollouts: Rollouts = Rollouts()
+    objective: Objective = Objective()
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0  # rollout steps of a linear rise
+    optimizer: Optimizer = Optimizer(weight_decay=0.01, beta2=0.999)
+    precision: Precision = "bf16"
+    seed: int = 1
+    kind: Literal["rl"] = "rl"
+    plan: RLPlan = RLPlan()
+
+    def __post_init__(self) -> None:
+        for key, least in (("steps", 1), ("warmup_steps", 0)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"stage {self.name}: {key} is {getattr(self, key)}, must be at least {least}")
+        if not 0 < self.learning_rate < 1:
+            raise ConfigError(f"stage {self.name}: learning_rate is {self.learning_rate}, must lie in (0, 1)")
+        self._check_positions()
+        check_rl_plan(self.model, self.longest_tokens, self.precision, self.plan)
+
+    def _check_positions(self) -> None:
+        """The context limit is the model's positions, not the length that it was trained with."""
+        cap = self.lengths.largest_cap_tokens
+        rows = [("rollouts", self.rollouts.max_prompt_tokens, cap)]
+        if self.validation.sets:
+            rows.append(("validation", self.validation.max_prompt_tokens, self.validation.cap_tokens or cap))
+        for where, prompt, response in rows:
+            if prompt + response > self.model.max_positions:
+                raise ConfigError(
+                    f"stage {self.name}: {where}: a prompt of {prompt:,} tokens and a response of {response:,} are {prompt + response:,}, "
+                    f"but model {self.model.name} has {self.model.max_positions:,} positions; lower the cap or max_prompt_tokens"
+                )
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest sequence that is trained on: prompt and response."""
+        return self.rollouts.max_prompt_tokens + self.lengths.largest_cap_tokens
+
+
+@config
 class ReportStage:
     """Figures and one page from the run folders of the stages it names."""
 
@@ -218,7 +277,7 @@ class ReportStage:
 
 
 Stage = Annotated[
-    Union[TextStage, TokenizerStage, TokenizeStage, ConvertStage, TrainStage, ReportStage],
+    Union[TextStage, TokenizerStage, TokenizeStage, ConvertStage, TrainStage, RLStage, ReportStage],
     Field(discriminator="kind"),
 ]
 
@@ -235,6 +294,8 @@ def inputs(stage: Any) -> dict[str, str]:
         case TrainStage():
             start = {} if isinstance(stage.start, Scratch) else {"start": stage.start.stage}
             return {**start, "corpus": stage.corpus}
+        case RLStage():
+            return {"start": stage.start.stage, **({"text": stage.text} if stage.text is not None else {})}
         case ReportStage():
             return {name: name for name in stage.stages}
     return {}

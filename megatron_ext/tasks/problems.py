@@ -18,13 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from megatron_ext.config.tasks import FormName
 from megatron_ext.errors import DataError
 from megatron_ext.tasks.equivalence import is_readable
 from megatron_ext.tasks.extraction import last_boxed
 
-FormName = Literal["gsm8k", "math", "olympiad_bench", "amc23", "arithmetic"]
 Row = dict[str, Any]
 MOST_LISTED = 20
 

@@ -13,13 +13,11 @@ A verdict of `error`, and no verdict in time (None), count as wrong; the pool th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
+from megatron_ext.config.tasks import RewardName
 from megatron_ext.tasks.extraction import boxes
 from megatron_ext.tasks.grading import Verdict
 from megatron_ext.tasks.repetition import repeats
-
-RewardName = Literal["correct", "format", "repeat_penalty", "repeat_and_box_penalty"]
 
 
 def correct(verdict: Verdict | None, text: str) -> float:  # noqa: ARG001 - all rewards have one form

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Literal
 
+from megatron_ext.config.tasks import TemplateName
 from megatron_ext.errors import ConfigError
 
-TemplateName = Literal["plain", "simple", "complex"]
 QUESTION = "{question}"
 
 
