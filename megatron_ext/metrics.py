@@ -77,9 +77,9 @@ def read_metrics(path: Path, kind: str | None = None) -> list[Record]:
         superseded = later and record["step"] > min(later)
         if not superseded and kind in (None, record["kind"]):
             kept.append((era, record))
-    if kind != "validation" and kind is not None:
+    if kind is not None and not kind.endswith("validation"):
         return [record for _, record in kept]
-    last = {(r["kind"], r["step"], r.get("source"), era if r["kind"] in STARTS else None): r for era, r in kept}
+    last = {(r["kind"], r["step"], r.get("source", r.get("set")), era if r["kind"] in STARTS else None): r for era, r in kept}
     return list(last.values())
 
 

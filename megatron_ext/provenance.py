@@ -198,6 +198,7 @@ class Manifest:
     pinned: bool = False
     skipped: tuple[Skipped, ...] = ()  # batches of the lineage, oldest first
     guard: dict[str, Any] = field(default_factory=dict)  # what the judgement of the next steps depends on (training.guard)
+    reinforcement: dict[str, Any] = field(default_factory=dict)  # how far reinforcement learning has come (rl.progress)
     hugging_face: dict[str, Any] = field(default_factory=dict)  # of a converted model: where it came from (conversion.to_megatron)
     thinned_from: str = ""  # SHA-256 of the manifest.json it had before its optimizer state was removed
     format: int = 1

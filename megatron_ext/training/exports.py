@@ -24,6 +24,7 @@ from typing import Any
 
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.config.memory import export_steps
+from megatron_ext.config.stages import RLStage
 from megatron_ext.conversion.beside import start_export
 from megatron_ext.conversion.to_hugging_face import CONVERSION
 from megatron_ext.errors import CheckpointError, RunError
@@ -146,7 +147,11 @@ def _reason(log: Path) -> str:
 def _steps(context: Context) -> tuple[int, ...]:
     """The steps to export, on the rank that does it."""
     stage = context.run.stage
-    return export_steps(stage.budget, stage.plan) if context.groups.rank == 0 else ()
+    if context.groups.rank != 0:
+        return ()
+    if isinstance(stage, RLStage):
+        return (stage.steps,) if stage.plan.export_last else ()
+    return export_steps(stage.budget, stage.plan)
 
 
 def _exports(context: Context) -> Path:

@@ -84,9 +84,10 @@ class Hook:
 
 
 class MetricsHook(Hook):
-    """Writes metrics.jsonl on rank 0."""
+    """Writes metrics.jsonl on rank 0; `kinds` of a step's record and of a validation's."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: tuple[str, str] = ("train", "validation")) -> None:
+        self._kinds = kinds
         self._writer: MetricsWriter | None = None
 
     def start(self, context: Context) -> None:
@@ -96,10 +97,10 @@ class MetricsHook(Hook):
             self._writer = MetricsWriter(context.run.metrics_path, context.attempt.number, context.progress.step)
 
     def step(self, context: Context, metrics: Record) -> None:
-        """One `train` record every `log_every_steps`, and one at each joint: the first step and the last."""
+        """One record every `log_every_steps`, and one at each joint: the first step and the last."""
         step, stage = context.progress.step, context.run.stage
-        if step in (1, stage.budget.steps) or step % stage.plan.log_every_steps == 0:
-            self._write(context, "train", step, metrics)
+        if step in (1, stage.num_steps) or step % stage.plan.log_every_steps == 0:
+            self._write(context, self._kinds[0], step, metrics)
 
     def skip(self, context: Context, found: Record) -> None:
         """One `skip` record."""
@@ -114,9 +115,9 @@ class MetricsHook(Hook):
         self._write(context, "roll_back", context.progress.step, found)
 
     def validation(self, context: Context, records: list[Record]) -> None:
-        """One `validation` record a source."""
+        """One record a source."""
         for record in records:
-            self._write(context, "validation", context.progress.step, record)
+            self._write(context, self._kinds[1], context.progress.step, record)
 
     def checkpoint(self, context: Context, saved: Saved) -> None:
         """One `checkpoint` record, or `failed_save`."""

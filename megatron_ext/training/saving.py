@@ -6,6 +6,7 @@ one when its publish is seen at a step's end, on all ranks at the same step.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from megatron_ext.tokenizer import TOKENIZER_FILES, load_tokenizer
 from megatron_ext.training.guard import GuardState
 from megatron_ext.training.hooks import Saved
 from megatron_ext.training.start import Began, layout_of
-from megatron_ext.training.state import Progress, sharded_state
+from megatron_ext.training.state import Progress, TrainState, sharded_state
 
 
 def travelling_files(run: Run, prepared: Prepared, began: Began) -> dict[str, bytes]:
@@ -59,28 +60,25 @@ class Saver:
     run: Run
     groups: Groups
     attempt: Attempt
-    prepared: Prepared
-    began: Began
+    state: TrainState
+    files: Mapping[str, bytes]  # rank 0's: what every checkpoint carries
     _under_way: tuple[Save, Progress] | None = None
     _buffers: Buffers = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._files = travelling_files(self.run, self.prepared, self.began) if self.groups.rank == 0 else {}
-
-    def begin(self, progress: Progress, rate: float, pinned: bool, guard: GuardState) -> None:
+    def begin(self, progress: Progress, layout: str, manifest: Callable[[Digests], Manifest]) -> None:
         """Begin a save of the state as it is; the one before must be settled."""
         assert self._under_way is None, "two saves at a time"
-        plan, layout = self.run.stage.plan, layout_of(self.run, pinned)
+        plan = self.run.stage.plan
         target = Target(
             checkpoints=self.run.checkpoints_path,
             iteration=progress.step,
             attempt=self.attempt.number,
-            manifest=partial(self._manifest, progress, rate, layout, pinned, guard),
+            manifest=manifest,
             may_publish=self.attempt.check_owner,
-            files=self._files,
+            files=self.files,
             tidy=partial(folders.prune, self.run.checkpoints_path, plan.keep_checkpoints, self.attempt.number),
         )
-        state = sharded_state(self.began.state, layout)
+        state = sharded_state(self.state, layout)
         self._under_way = begin_save(state, target, self._buffers if plan.asynchronous_saves else None), progress
 
     def settle(self, wait: bool) -> Saved | None:
@@ -98,7 +96,7 @@ class Saver:
         try:
             path = save.finish()
         except CheckpointError as error:
-            plan, last = self.run.stage.plan, progress.step == self.run.stage.budget.steps
+            plan, last = self.run.stage.plan, progress.step == self.run.stage.num_steps
             if plan.on_failed_save == "stop" or last:
                 raise
             return Saved(progress, None, save.seconds, save.stall_seconds, f"{error}. Training goes on (plan.on_failed_save=go_on)")
@@ -114,31 +112,43 @@ class Saver:
         except MegatronExtError as error:
             return Saved(progress, None, save.seconds, save.stall_seconds, str(error))
 
-    def _manifest(self, progress: Progress, rate: float, layout: str, pinned: bool, guard: GuardState, files: Digests) -> Manifest:
-        stage = self.run.stage
-        return Manifest(
-            stage=self.run.name,
-            graph=self.run.graph,
-            attempt=self.attempt.number,
-            iteration=progress.step,
-            tokens=progress.tokens,
-            lineage_tokens=progress.lineage_tokens,
-            learning_rate=rate,
-            science_hash=self.run.science_hash,
-            mixture_hash=content_hash(to_json(stage.mixture)),
-            tokenizer_hash=self.prepared.corpus.tokenizer_hash,
-            code_hash=code_hash(),
-            parent=self.began.parent,
-            ledger=self.prepared.ledger(progress.step),
-            optimizer_layout=layout,  # type: ignore[arg-type]
-            plan=to_json(stage.plan),
-            model=to_json(stage.model),
-            files=files,
-            pinned=pinned,
-            skipped=guard.skipped,
-            guard=guard.to_json(),
-            hugging_face=_origin(self.began.manifest),
-        )
+
+def training_manifest(
+    run: Run, attempt: Attempt, prepared: Prepared, began: Began, progress: Progress, rate: float, pinned: bool, guard: GuardState,
+    files: Digests,
+) -> Manifest:  # fmt: skip
+    """What a checkpoint of a training stage says of itself."""
+    return Manifest(
+        **lineage(run, attempt, began, progress, rate, pinned),
+        mixture_hash=content_hash(to_json(run.stage.mixture)),
+        tokenizer_hash=prepared.corpus.tokenizer_hash,
+        ledger=prepared.ledger(progress.step),
+        files=files,
+        skipped=guard.skipped,
+        guard=guard.to_json(),
+    )
+
+
+def lineage(run: Run, attempt: Attempt, began: Began, progress: Progress, rate: float, pinned: bool) -> dict[str, Any]:
+    """What the manifests of all stages with weights say alike."""
+    stage = run.stage
+    return {
+        "stage": run.name,
+        "graph": run.graph,
+        "attempt": attempt.number,
+        "iteration": progress.step,
+        "tokens": progress.tokens,
+        "lineage_tokens": progress.lineage_tokens,
+        "learning_rate": rate,
+        "science_hash": run.science_hash,
+        "code_hash": code_hash(),
+        "parent": began.parent,
+        "optimizer_layout": layout_of(run, pinned),
+        "plan": to_json(stage.plan),
+        "model": to_json(stage.model),
+        "pinned": pinned,
+        "hugging_face": _origin(began.manifest),
+    }
 
 
 def _origin(manifest: Manifest | None) -> dict[str, Any]:

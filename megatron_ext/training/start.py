@@ -50,8 +50,8 @@ class Began:
     path: Path | None = None  # of that checkpoint
 
 
-def begin(run: Run, groups: Groups, attempt: Attempt, prepared: Prepared) -> Began:
-    """Build model and optimizer and load what the start says; `CheckpointError` where it cannot be."""
+def begin(run: Run, groups: Groups, attempt: Attempt, prepared: Prepared | None) -> Began:
+    """Build model and optimizer and load what the start says; `CheckpointError` where it cannot be. None: a stage without a corpus."""
     own = newest_whole(run, groups, attempt)
     return first_weights(run, groups, prepared) if own is None else resume(run, groups, own)
 
@@ -62,14 +62,15 @@ def reload(run: Run, groups: Groups, attempt: Attempt, state: TrainState) -> Beg
     return None if own is None else resume(run, groups, own, state)
 
 
-def first_weights(run: Run, groups: Groups, prepared: Prepared) -> Began:
+def first_weights(run: Run, groups: Groups, prepared: Prepared | None) -> Began:
     """The state before a stage's first step: its parent's checkpoint, or its seed."""
     if isinstance(run.stage.start, Scratch):
         return Began(build_state(run.stage, groups, run.stage.seed), Progress(), "scratch", None)
     path, manifest = parent_checkpoint(run)
     check_whole(path, groups)
-    check_tokenizer(prepared.corpus, manifest.tokenizer_hash, f"the checkpoint {path}")
-    _check_ledger(prepared, manifest, path)
+    if prepared is not None:
+        check_tokenizer(prepared.corpus, manifest.tokenizer_hash, f"the checkpoint {path}")
+        _check_ledger(prepared, manifest, path)
     state = build_state(run.stage, groups, None)
     if run.stage.start.kind == "branch":
         _load_all(state, run, path, manifest)

@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from megatron_ext.checkpoint.weights import fill, sharded_weights
 from megatron_ext.config.optimizer import Optimizer
-from megatron_ext.config.stages import TrainStage
+from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.distributed import Groups, seed_step
 from megatron_ext.model.build import build_model
 
@@ -47,7 +47,7 @@ class TrainState:
     optimizer_settings: Optimizer
 
 
-def build_state(stage: TrainStage, groups: Groups, seed: int | None) -> TrainState:
+def build_state(stage: TrainStage | RLStage, groups: Groups, seed: int | None) -> TrainState:
     """Model and optimizer under the stage's plan; weights from `seed`, or unset (None) for a load."""
     seed_step(groups, stage.seed, 0)  # a GPU's layers, and any validation before the first step, fork the random state
     chunks = build_model(stage.model, stage.precision, groups, seed)
@@ -71,11 +71,11 @@ def build_state(stage: TrainStage, groups: Groups, seed: int | None) -> TrainSta
     return TrainState(groups, chunks, wrapped, optimizer, stage.optimizer)
 
 
-def _build_optimizer(stage: TrainStage, wrapped: list[DistributedDataParallel], half: bool) -> MegatronOptimizer:
+def _build_optimizer(stage: TrainStage | RLStage, wrapped: list[DistributedDataParallel], half: bool) -> MegatronOptimizer:
     numbers = stage.optimizer
     settings = OptimizerConfig(
         optimizer="adam",
-        lr=stage.schedule.peak,
+        lr=stage.peak_learning_rate,
         min_lr=0.0,
         weight_decay=numbers.weight_decay,
         adam_beta1=numbers.beta1,

@@ -35,11 +35,20 @@ Judge = Callable[[float, float], Finding | None]
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one step computed: mean loss over valid tokens, and the gradient norm before clipping.
+class Applied:
+    """What became of a step's gradients: its mean loss, and their norm before clipping.
 
     With a `finding` the update was left out: weights and optimizer are as they were, and the numbers this rank's own.
     """
+
+    loss: float
+    grad_norm: float
+    finding: Finding | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step computed: mean loss over valid tokens, and the rest as in `Applied`."""
 
     loss: float
     grad_norm: float
@@ -66,26 +75,40 @@ def train_step(
     weights move.
     `tamper` runs between backward and norm; tests put faults there.
     """
-    seed_step(state.groups, seed, tokens_before)
+    clear_gradients(state, seed, tokens_before)
+    loss, valid_tokens = forward(state, batches, backward=True)
+    tamper()
+    applied = apply_gradients(state, loss, learning_rate, judge)
+    result = StepResult(applied.loss, applied.grad_norm, valid_tokens, applied.finding)
+    if applied.finding and judge is None:
+        raise TrainingError(f"{not_finite(result)}; {STOPPED}")
+    return result
+
+
+def clear_gradients(state: TrainState, seed: int, before: int) -> None:
+    """Begin a step: the random state of (seed, what was done before it), training mode, gradients of zero."""
+    seed_step(state.groups, seed, before)
     for chunk in state.wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    loss, valid_tokens = forward(state, batches, backward=True)
-    tamper()
+
+
+def apply_gradients(state: TrainState, loss: float, learning_rate: float, judge: Judge | None = None) -> Applied:
+    """Finish a step whose backward is done: norm, agreement of the ranks, judgement, clip, update.
+
+    `loss` is this rank's view of the step's mean loss. Without a `judge`, numbers that are not finite are found, and no others.
+    """
     state.optimizer.prepare_grads()
     grad_norm = float(state.optimizer.get_grad_norm())
     agreed_loss, agreed_norm = _agreed(state.groups, loss, grad_norm)
     finding = (judge or _only_finite)(agreed_loss, agreed_norm)
-    if finding is None:
-        _clip(state, grad_norm)
-        apply_hyperparameters(state, learning_rate)
-        state.optimizer.step_with_ready_grads()
-        return StepResult(agreed_loss, agreed_norm, valid_tokens)
-    result = StepResult(loss, grad_norm, valid_tokens, finding)
-    if judge is None:
-        raise TrainingError(not_finite(result))
-    return result
+    if finding is not None:
+        return Applied(loss, grad_norm, finding)
+    _clip(state, grad_norm)
+    apply_hyperparameters(state, learning_rate)
+    state.optimizer.step_with_ready_grads()
+    return Applied(agreed_loss, agreed_norm)
 
 
 def forward(state: TrainState, batches: Sequence[Batch], backward: bool) -> tuple[float, int]:

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -24,8 +25,8 @@ from megatron_ext.errors import MegatronExtError, TrainingError
 from megatron_ext.runs import Run
 from megatron_ext.training.hooks import Context, Hook, Hooks, say
 from megatron_ext.training.recovery import Recovery, guard_of
-from megatron_ext.training.saving import Saver
-from megatron_ext.training.start import Began, begin
+from megatron_ext.training.saving import Saver, training_manifest, travelling_files
+from megatron_ext.training.start import Began, begin, layout_of
 from megatron_ext.training.state import Progress
 from megatron_ext.training.step import StepResult, forward, train_step
 
@@ -92,7 +93,8 @@ class _Loop:
         self.flops_per_token = self.run.stage.model.flops_per_token(self.run.stage.budget.sequence_length)
         self.pinned = set(pinned_steps(self.run.stage.budget, plan))
         self._loader = self.loader(0)
-        self.saver = Saver(self.run, self.groups, self.attempt, self.prepared, self.began)
+        files = travelling_files(self.run, self.prepared, self.began) if self.groups.rank == 0 else {}
+        self.saver = Saver(self.run, self.groups, self.attempt, self.began.state, files)
         self.recovery = Recovery(self.run, self.groups, self.attempt, self.prepared, guard_of(self.began))
 
     def event(self, name: str, progress: Progress, *arguments: Any) -> None:
@@ -185,7 +187,10 @@ class _Loop:
 
     def save(self, progress: Progress, rate: float) -> None:
         self.settle(progress, wait=True)
-        self.saver.begin(progress, rate, pinned=progress.step in self.pinned, guard=self.recovery.state)
+        pinned = progress.step in self.pinned
+        of_step = (progress, rate, pinned, self.recovery.state)
+        manifest = partial(training_manifest, self.run, self.attempt, self.prepared, self.began, *of_step)
+        self.saver.begin(progress, layout_of(self.run, pinned), manifest)
 
     def settle(self, progress: Progress, wait: bool) -> None:
         saved = self.saver.settle(wait)
