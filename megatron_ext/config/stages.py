@@ -208,6 +208,16 @@ class TrainStage:
                 f"stage {self.name}: warmup_tokens {self.schedule.warmup_tokens:,} exceed the stage's {self.budget.tokens:,} tokens"
             )
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole stage."""
+        return self.budget.steps
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest rate of the stage."""
+        return self.schedule.peak
+
 
 @config
 class RLStage:
@@ -226,6 +236,7 @@ class RLStage:
     steps: int  # rollout steps; each is `rollouts.updates_per_step` updates
     text: str | None = None  # a text stage's name; None: the paths of the problems stand alone
     template: TemplateName = "complex"
+    bos: bool = False  # whether prompts open with the tokenizer's BOS; right where the documents of the training before did
     reward: RewardName = "correct"
     rollouts: Rollouts = Rollouts()
     objective: Objective = Objective()
@@ -258,6 +269,16 @@ class RLStage:
                     f"stage {self.name}: {where}: a prompt of {prompt:,} tokens and a response of {response:,} are {prompt + response:,}, "
                     f"but model {self.model.name} has {self.model.max_positions:,} positions; lower the cap or max_prompt_tokens"
                 )
+
+    @property
+    def num_steps(self) -> int:
+        """Rollout steps of the whole stage."""
+        return self.steps
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest rate of the stage."""
+        return self.learning_rate
 
     @property
     def longest_tokens(self) -> int:
