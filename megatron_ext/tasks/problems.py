@@ -20,7 +20,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config.tasks import FormName
+from megatron_ext.config.tasks import FormName, ProblemSet
 from megatron_ext.errors import DataError
 from megatron_ext.tasks.equivalence import is_readable
 from megatron_ext.tasks.extraction import last_boxed
@@ -50,14 +50,19 @@ class _Missing(Exception):
     """What a line lacks."""
 
 
+def stage_problems(problem_set: ProblemSet, folder: Path | None) -> list[Problem]:
+    """The problems of a stage's set, as `read_problems`; a relative path is read from `folder`, the text stage's, where there is one."""
+    path = Path(problem_set.path)
+    return read_problems(folder / path if folder else path, problem_set.form, leave_out=frozenset(problem_set.leave_out))
+
+
 def read_problems(path: Path, form: FormName, *, leave_out: frozenset[str] = frozenset()) -> list[Problem]:
     """All problems of a file but those whose ids are in `leave_out`; `DataError` names file, line and key of what is wrong.
 
     Refused: a missing or ill-typed field, an id that stands twice, an answer that no grader can read (all of these are listed),
     an id to leave out that is not there, a file without problems.
     """
-    numbered = [(number, _problem(path, form, number, line)) for number, line in _lines(path)]
-    _refuse_duplicates(path, numbered)
+    numbered = _numbered(path, form)
     known = {problem.id for _, problem in numbered}
     if absent := sorted(leave_out - known):
         raise DataError(f"{path}: leave_out names {', '.join(absent[:MOST_LISTED])}, which this file does not hold; correct the ids")
@@ -66,6 +71,18 @@ def read_problems(path: Path, form: FormName, *, leave_out: frozenset[str] = fro
     if not kept:
         raise DataError(f"{path}: no problem in it; name a JSONL file with one problem a line")
     return [problem for _, problem in kept]
+
+
+def unreadable(path: Path, form: FormName) -> list[str]:
+    """Ids of the problems whose answers no grader can read, for `leave_out`; errors as `read_problems`."""
+    return list(dict.fromkeys(problem.id for _, problem, _ in _unreadable_answers(_numbered(path, form))))
+
+
+def _numbered(path: Path, form: FormName) -> list[tuple[int, Problem]]:
+    """All problems of a file with the numbers of their lines, no id twice."""
+    numbered = [(number, _problem(path, form, number, line)) for number, line in _lines(path)]
+    _refuse_duplicates(path, numbered)
+    return numbered
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -104,18 +121,22 @@ def _refuse_duplicates(path: Path, numbered: list[tuple[int, Problem]]) -> None:
 
 
 def _refuse_unreadable(path: Path, numbered: list[tuple[int, Problem]]) -> None:
-    unreadable = [
-        f"line {number} '{problem.id}': {answer}"
+    unread = [f"line {number} '{problem.id}': {answer}" for number, problem, answer in _unreadable_answers(numbered)]
+    if unread:
+        raise DataError(
+            f"{path}: {len(unread)} answers that no grader can read, so that no response would be right:\n  "
+            + "\n  ".join(unread)
+            + "\nmend them, or leave these problems out by their ids"
+        )
+
+
+def _unreadable_answers(numbered: list[tuple[int, Problem]]) -> list[tuple[int, Problem, str]]:
+    return [
+        (number, problem, answer)
         for number, problem in numbered
         for answer in problem.answers
         if not is_readable(answer, is_list=problem.is_list)
     ]
-    if unreadable:
-        raise DataError(
-            f"{path}: {len(unreadable)} answers that no grader can read, so that no response would be right:\n  "
-            + "\n  ".join(unreadable)
-            + "\nmend them, or leave these problems out by their ids"
-        )
 
 
 def _listed(names: list[str]) -> str:

@@ -81,7 +81,7 @@ def train_step(
     applied = apply_gradients(state, loss, learning_rate, judge)
     result = StepResult(applied.loss, applied.grad_norm, valid_tokens, applied.finding)
     if applied.finding and judge is None:
-        raise TrainingError(f"{not_finite(result)}; {STOPPED}")
+        raise TrainingError(not_finite(result))
     return result
 
 
@@ -177,12 +177,12 @@ def _only_finite(loss: float, grad_norm: float) -> Finding | None:
     return judge_step(Faults(), GuardState(), loss, grad_norm)
 
 
-def not_finite(result: StepResult) -> str:
+def not_finite(result: StepResult | Applied, way_out: str = STOPPED) -> str:
     """What is not finite, in words: the number itself on the rank that has it."""
     assert result.finding is not None
     name, value = ("loss", result.loss) if result.finding.reason == "loss not finite" else ("gradient norm", result.grad_norm)
     found = f"not finite on another rank ({value} here)" if math.isfinite(value) else f"{value}"
-    return f"{name} is {found}; {STOPPED}"
+    return f"{name} is {found}; {way_out}"
 
 
 def _clip(state: TrainState, grad_norm: float) -> None:

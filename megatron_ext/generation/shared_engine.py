@@ -1,0 +1,94 @@
+"""One rank's engine for all ranks of its model copy: vLLM is driven by the first of them, and all get its answers.
+
+An error of the engine is raised on every rank of the copy, so none waits for one that has stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.distributed import Groups
+from megatron_ext.errors import MegatronExtError
+from megatron_ext.generation.engine import Engine, EngineStats, Generation, Request
+from megatron_ext.model.handover import Bucket, hugging_face_buckets
+
+Answer = TypeVar("Answer")
+
+
+class SharedEngine:
+    """See `generation.engine.Engine`. Every rank of the copy makes it, and makes the same calls."""
+
+    def __init__(self, make: Callable[[], Engine], groups: Groups) -> None:
+        """`make` is called on the copy's first rank alone."""
+        self._group = groups.collection.mp
+        self._leader = dist.get_process_group_ranks(self._group)[0]
+        self._leads = groups.rank == self._leader
+        self._engine: Engine | None = None
+
+        def make_own() -> None:
+            self._engine = make()
+
+        self._together(make_own)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """See `Engine.submit`."""
+        self._together(lambda: self._own.submit(requests))
+
+    def poll(self) -> list[Generation]:
+        """See `Engine.poll`."""
+        return self._together(lambda: self._own.poll())
+
+    def update_weights(self, version: int, tensors: Iterable[Bucket] | None) -> None:
+        """Hand over buckets that all ranks of the copy put together, each iterating its own."""
+        assert tensors is not None, "this engine has weights of its own"
+        buckets = iter(tensors)
+
+        def update() -> None:
+            try:
+                self._own.update_weights(version, buckets)
+            finally:
+                for _ in buckets:  # the other ranks go on to the end
+                    pass
+
+        if not self._leads:
+            for _ in buckets:
+                pass
+        self._together(update)
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        return self._together(lambda: self._own.stats())
+
+    def close(self) -> None:
+        """See `Engine.close`; no rank waits for another."""
+        if self._engine is not None:
+            self._engine.close()
+
+    @property
+    def _own(self) -> Engine:
+        assert self._engine is not None, "another rank's engine"
+        return self._engine
+
+    def _together(self, call: Callable[[], Answer]) -> Answer:
+        """The leader's answer, or its error, on every rank."""
+        box: list[tuple[Answer | None, MegatronExtError | None]] = [(None, None)]
+        if self._leads:
+            try:
+                box = [(call(), None)]
+            except MegatronExtError as error:
+                box = [(None, error)]
+        dist.broadcast_object_list(box, src=self._leader, group=self._group)
+        answer, error = box[0]
+        if error is not None:
+            raise error
+        return answer  # type: ignore[return-value]
+
+
+def hand_over(engine: Engine, chunks: Sequence[GPTModel], model: ModelConfig, groups: Groups, version: int, bucket_bytes: int) -> None:
+    """Give an engine the running model's weights; every rank of the copy calls it, with its `SharedEngine` where there are several."""
+    engine.update_weights(version, hugging_face_buckets(chunks, model, groups, bucket_bytes))

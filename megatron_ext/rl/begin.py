@@ -1,0 +1,139 @@
+"""What a stage of reinforcement learning works with: weights, tokenizer, prompts, engine, graders - all checked before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.models.gpt import GPTModel
+
+from megatron_ext.attempts import Attempt
+from megatron_ext.checkpoint.load import load_state
+from megatron_ext.checkpoint.weights import fill, sharded_weights
+from megatron_ext.config.stages import RLStage
+from megatron_ext.config.tasks import ProblemSet
+from megatron_ext.conversion.assets import carried, has_tokenizer
+from megatron_ext.distributed import Groups, broadcast_object
+from megatron_ext.errors import CheckpointError, ConfigError
+from megatron_ext.model.build import build_model
+from megatron_ext.provenance import Manifest
+from megatron_ext.rl.actor import Actor
+from megatron_ext.rl.engines import HandOver, make_engine
+from megatron_ext.rl.grading import grading_pool
+from megatron_ext.rl.progress import RLProgress, progress_from_json
+from megatron_ext.rl.source import RolloutSource
+from megatron_ext.rl.validation import HeldOutSet
+from megatron_ext.runs import Run
+from megatron_ext.tasks.problems import stage_problems
+from megatron_ext.tasks.prompts import Prompts, prompts
+from megatron_ext.tasks.templates import Template, template
+from megatron_ext.tokenizer import Tokenizer, tokenizer_of_files
+from megatron_ext.training.start import Began, begin, parent_checkpoint
+
+
+@dataclass
+class Begun:
+    """A stage that is ready to learn."""
+
+    began: Began
+    progress: RLProgress
+    actor: Actor
+    source: RolloutSource
+    heldout: list[HeldOutSet]
+    template: Template
+    files: dict[str, bytes]  # what every checkpoint carries
+    tokenizer_hash: str
+    hand_over: HandOver
+
+    def close(self) -> None:
+        """End engine and grading workers."""
+        self.actor.engine.close()
+        if self.source.pool is not None:
+            self.source.pool.close()
+
+
+def begin_learning(run: Run, groups: Groups, attempt: Attempt) -> Begun:
+    """Load the stage's newest checkpoint, or its parent's; every rank calls it.
+
+    Raises `CheckpointError` where that cannot be, or carries no tokenizer, `DataError` for problems that cannot be used,
+    `ConfigError` for a template that the tokenizer cannot write.
+    """
+    stage: RLStage = run.stage
+    began = begin(run, groups, attempt, None)
+    manifest = began.manifest
+    assert began.path is not None, "reinforcement learning starts from weights"
+    assert manifest is not None, "a checkpoint has a manifest"
+    files, tokenizer = carried_tokenizer(began.path, manifest)
+    chosen = template(stage.template)
+    check_template(chosen, tokenizer, began.path)
+    engine, hand_over = make_engine(stage, began.state, groups, tokenizer, files)
+    actor = Actor(stage, groups, began.state, engine, _reference(run, groups))
+    pool = grading_pool(stage.plan) if groups.rank == 0 else None
+    made = _prompts_on_rank_0(run, groups, chosen, tokenizer)
+    source = RolloutSource(run, actor, made[0], chosen.stop_strings, pool)
+    heldout = [HeldOutSet(one.name, found) for one, found in zip(stage.validation.sets, made[1:], strict=True)]
+    progress = _progress(stage, began, manifest)
+    return Begun(began, progress, actor, source, heldout, chosen, files, manifest.tokenizer_hash, hand_over)
+
+
+def carried_tokenizer(path: Path, manifest: Manifest) -> tuple[dict[str, bytes], Tokenizer]:
+    """The files that a checkpoint carries, and the tokenizer among them, which must be the one that its weights were trained with."""
+    files = carried(path)
+    if not has_tokenizer(files):
+        raise CheckpointError(
+            f"{path}: carries no tokenizer, so there is nothing to make prompts with; "
+            f"start from a checkpoint that does (every one that this version writes)"
+        )
+    tokenizer = tokenizer_of_files(files)
+    if tokenizer.identity_hash != manifest.tokenizer_hash:
+        raise CheckpointError(
+            f"{path}: carries tokenizer {tokenizer.identity_hash[:12]}, its weights were trained with {manifest.tokenizer_hash[:12]}: "
+            f"its files were changed; use another checkpoint of the run"
+        )
+    return files, tokenizer
+
+
+def check_template(chosen: Template, tokenizer: Tokenizer, path: Path) -> None:
+    """`ConfigError` where the tokenizer cannot write the template: the model would be shown another text."""
+    shown = tokenizer.decode(tokenizer.encode(chosen.text))
+    if shown.strip() != chosen.text.strip():
+        raise ConfigError(
+            f"template '{chosen.name}' and the tokenizer of {path} do not fit: the text comes back as {shown!r}; "
+            f"use another template, or another tokenizer"
+        )
+
+
+def _prompts_on_rank_0(run: Run, groups: Groups, chosen: Template, tokenizer: Tokenizer) -> list[Prompts]:
+    """The prompts of the stage's problems, then of each validation set, read once for all ranks."""
+    stage: RLStage = run.stage
+    folder = run.inputs.get("text")
+
+    def made(of: ProblemSet, longest_tokens: int) -> Prompts:
+        return prompts(stage_problems(of, folder), chosen, tokenizer, longest_tokens, of.path, bos=stage.bos)
+
+    def read() -> list[Prompts]:
+        held_out = [made(one, stage.validation.max_prompt_tokens) for one in stage.validation.sets]
+        return [made(stage.problems, stage.rollouts.max_prompt_tokens), *held_out]
+
+    found: list[Prompts] = broadcast_object(read() if groups.rank == 0 else None)
+    return found
+
+
+def _reference(run: Run, groups: Groups) -> list[GPTModel] | None:
+    """The weights that the stage started from, frozen, where a KL penalty wants them."""
+    stage: RLStage = run.stage
+    if not stage.objective.kl_coefficient:
+        return None
+    path, _ = parent_checkpoint(run)
+    chunks = build_model(stage.model, stage.precision, groups, None)
+    fill(chunks, load_state(sharded_weights(chunks), path))
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        chunk.eval()
+    return chunks
+
+
+def _progress(stage: RLStage, began: Began, manifest: Manifest) -> RLProgress:
+    if began.how != "resume":
+        return RLProgress(lineage_tokens=began.progress.lineage_tokens)
+    return progress_from_json(stage.lengths, manifest.reinforcement, f"{began.path}: manifest.json: reinforcement")

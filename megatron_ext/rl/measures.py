@@ -1,0 +1,70 @@
+"""What is recorded of a rollout step and of a validation: counts, means and shares over responses. Names: docs/metrics.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_ext.rl.rollouts import Batch, Rollout
+from megatron_ext.tasks.behaviour import box_first, loops, text_after_box
+
+Record = dict[str, Any]
+OUTCOMES = ("correct", "wrong", "unparseable", "error", "timed_out", "crashed")
+
+
+def rollout_record(batch: Batch, group: int) -> Record:
+    """Of the responses that a step trains on; those of unused groups are counted only."""
+    rollouts = batch.rollouts
+    rewards = [one.reward for one in rollouts]
+    prompt_lengths = [len(one.prompt) for one in rollouts[::group]]
+    return {
+        "cap_tokens": batch.cap_tokens,
+        "weight_version": batch.weight_version,
+        "num_prompts": len(rollouts) // group,
+        "num_responses": len(rollouts),
+        "num_unused": len(batch.unused),
+        "num_left_out": batch.num_left_out,
+        "removed_problems": len(batch.order.removed),
+        "epoch": batch.order.epoch,
+        "reward_mean": _mean(rewards),
+        "reward_min": min(rewards),
+        "reward_max": max(rewards),
+        **responses_record(rollouts),
+        "prompt_tokens_mean": _mean(prompt_lengths),
+        "prompt_tokens_max": max(prompt_lengths),
+        **outcome_counts(rollouts),
+        "loop_share": _share(loops(one.generation.text) for one in rollouts),
+        "box_first_share": _share(box_first(one.generation.text) for one in rollouts),
+        "text_after_box_share": _share(text_after_box(one.generation.text) for one in rollouts),
+        "rollouts_sha256": batch.sha256,
+    }
+
+
+def responses_record(rollouts: Sequence[Rollout]) -> Record:
+    """What training and validation have in common; `correct_tokens_mean` is None where nothing was right."""
+    lengths = [one.num_tokens for one in rollouts]
+    correct = [one.num_tokens for one in rollouts if one.is_correct]
+    return {
+        "accuracy": len(correct) / len(rollouts),
+        "response_tokens_mean": _mean(lengths),
+        "response_tokens_max": max(lengths),
+        "correct_tokens_mean": _mean(correct) if correct else None,
+        "truncated_share": _share(one.is_truncated for one in rollouts),
+    }
+
+
+def outcome_counts(rollouts: Sequence[Rollout]) -> dict[str, int]:
+    """How many were graded as what; what was not graded in time, or cost its worker, is counted apart from wrong answers."""
+    counts = Counter(one.verdict.outcome if one.verdict is not None else one.ending for one in rollouts)
+    assert set(counts) <= set(OUTCOMES), counts
+    return {name: counts[name] for name in OUTCOMES}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _share(flags: Any) -> float:
+    found = list(flags)
+    return sum(found) / len(found)

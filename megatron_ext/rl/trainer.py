@@ -1,0 +1,193 @@
+"""The loop of reinforcement learning reads as the algorithm: rollouts with their grades, advantages, updates, hand over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ext.attempts import Attempt
+from megatron_ext.checkpoint.hashing import Digests
+from megatron_ext.config.base import content_hash, to_json
+from megatron_ext.distributed import Groups
+from megatron_ext.errors import MegatronExtError
+from megatron_ext.provenance import Manifest
+from megatron_ext.rl.actor import Actor
+from megatron_ext.rl.batch import Sample
+from megatron_ext.rl.begin import Begun
+from megatron_ext.rl.lengths import cap_tokens
+from megatron_ext.rl.measures import rollout_record
+from megatron_ext.rl.progress import RLProgress, progress_to_json
+from megatron_ext.rl.rollouts import Batch, Judged, samples
+from megatron_ext.rl.update import UpdateResult
+from megatron_ext.rl.validation import validate
+from megatron_ext.runs import Run
+from megatron_ext.training.hooks import Context, Hook, Hooks, say
+from megatron_ext.training.saving import Saver, lineage
+from megatron_ext.training.start import layout_of
+
+
+def learn(run: Run, groups: Groups, attempt: Attempt, begun: Begun, hooks: Iterable[Hook]) -> RLProgress:
+    """Reinforcement learning of a stage from where it stands to its end; every rank calls this."""
+    loop = _Loop(run, groups, attempt, begun, Hooks(hooks))
+    try:
+        return _learn(loop)
+    finally:
+        loop.close()
+
+
+def _learn(loop: _Loop) -> RLProgress:
+    stage, progress = loop.run.stage, loop.begun.progress
+    loop.event("start", progress)
+    loop.hand_over(progress)
+    if progress.step == 0:
+        loop.validate(progress)
+    while progress.step < stage.steps:
+        started = time.perf_counter()
+        batch = loop.source.next(progress)
+        progress = progress.sampled(batch.order, batch.lengths)
+        progress = replace(progress, ahead_sha256=loop.source.look_ahead(progress))
+        parts, judged = loop.advantages(batch)
+        updating = time.perf_counter()
+        results = [loop.update(part, progress, number) for number, part in enumerate(parts)]
+        progress = progress.finished(len(results), sum(one.num_tokens for one in batch.rollouts))
+        loop.hand_over(progress)
+        seconds = {"update": time.perf_counter() - updating, "step": time.perf_counter() - started}
+        loop.event("step", progress, loop.metrics(batch, judged, results, progress, {**batch.seconds, **seconds}))
+        if progress.step % stage.plan.validate_every_steps == 0 or progress.step == stage.steps:
+            loop.validate(progress)
+        if progress.step % stage.plan.save_every_steps == 0 or progress.step == stage.steps:
+            loop.save(progress)
+        loop.settle(progress, wait=not stage.plan.asynchronous_saves)
+    loop.settle(progress, wait=True)
+    dist.barrier()  # rank 0 keeps the store from which the others hear that the last save was published
+    loop.event("end", progress)
+    return progress
+
+
+@dataclass
+class _Loop:
+    """What the loop's verbs need and do not change."""
+
+    run: Run
+    groups: Groups
+    attempt: Attempt
+    begun: Begun
+    hooks: Hooks
+
+    def __post_init__(self) -> None:
+        self.source, self.actor = self.begun.source, self.begun.actor
+        self.saver = Saver(self.run, self.groups, self.attempt, self.actor.state, self.begun.files)
+
+    def event(self, name: str, progress: RLProgress, *arguments: Any) -> None:
+        context = Context(self.run, self.attempt, self.groups, self.actor.state, progress.plain, self.begun.began.how)
+        self.hooks.call(name, context, *arguments)
+
+    def advantages(self, batch: Batch) -> tuple[list[list[Sample]], Judged]:
+        """The samples of each update of the step. Old log-probabilities are those before its first update, which needs none."""
+        return updates_of(self.actor, batch.rollouts)
+
+    def update(self, part: list[Sample], progress: RLProgress, number: int) -> UpdateResult:
+        return self.actor.update(part, rate(self.run.stage, progress.step), progress.updates + number)
+
+    def hand_over(self, progress: RLProgress) -> None:
+        """From here on the engine samples with the weights as they are."""
+        self.begun.hand_over(progress.updates)
+
+    def metrics(
+        self, batch: Batch, judged: Judged, results: list[UpdateResult], progress: RLProgress, seconds: dict[str, float]
+    ) -> dict[str, Any]:
+        stage = self.run.stage
+        return {
+            **update_record(results),
+            "learning_rate": rate(stage, progress.step - 1),
+            "updates": progress.updates,
+            "tokens": progress.tokens,
+            "lineage_tokens": progress.lineage_tokens,
+            "informative_share": judged.informative_share,
+            **rollout_record(batch, stage.rollouts.responses_per_prompt),
+            **{f"{name}_seconds": value for name, value in seconds.items()},
+            "responses_per_second": len(batch.rollouts) / seconds["step"],
+        }
+
+    def validate(self, progress: RLProgress) -> None:
+        stage = self.run.stage
+        cap = stage.validation.cap_tokens or cap_tokens(stage.lengths, progress.lengths)
+        records = validate(self.actor, self.begun.heldout, self.begun.template, cap, self.source.pool)
+        seen = {"updates": progress.updates, "tokens": progress.tokens, "lineage_tokens": progress.lineage_tokens}
+        self.event("validation", progress, [{**record, **seen} for record in records])
+
+    def save(self, progress: RLProgress) -> None:
+        self.settle(progress, wait=True)
+        pinned = progress.step == self.run.stage.steps
+        manifest = partial(rl_manifest, self.run, self.attempt, self.begun, progress, pinned)
+        self.saver.begin(progress.plain, layout_of(self.run, pinned), manifest)
+
+    def settle(self, progress: RLProgress, wait: bool) -> None:
+        saved = self.saver.settle(wait)
+        if saved is not None:
+            self.event("checkpoint", progress, saved)
+
+    def close(self) -> None:
+        """End engine and workers, and let a save end that is under way; no failure of it hides what stopped the loop."""
+        saved = self.saver.close()
+        try:
+            if saved is not None:
+                self.hooks.call("checkpoint", self._context_at(saved.progress), saved)
+        except MegatronExtError as error:
+            say(f"step {saved.progress.step}: {error}" if saved else str(error))
+        self.begun.close()
+
+    def _context_at(self, progress: Any) -> Context:
+        return Context(self.run, self.attempt, self.groups, self.actor.state, progress, self.begun.began.how)
+
+
+def updates_of(actor: Actor, rollouts: Any) -> tuple[list[list[Sample]], Judged]:
+    """The samples of each update of a step, with the old and reference log-probabilities that they need; every rank calls it."""
+    stage = actor.stage
+    found, judged = samples(stage, rollouts)
+    size = stage.rollouts.prompts_per_update * stage.rollouts.responses_per_prompt
+    if len(found) > size:
+        later = [replace(one, old_logprobs=old) for one, old in zip(found[size:], actor.score(found[size:]), strict=True)]
+        found = [*found[:size], *later]
+    if stage.objective.kl_coefficient:
+        fixed = actor.score(found, reference=True)
+        found = [replace(one, reference_logprobs=logprobs) for one, logprobs in zip(found, fixed, strict=True)]
+    return [found[first : first + size] for first in range(0, len(found), size)], judged
+
+
+def update_record(results: list[UpdateResult]) -> dict[str, Any]:
+    """Means over a step's updates; of the gradient norm also the largest."""
+    names = results[0].statistics
+    means = {name: sum(one.statistics[name] for one in results) / len(results) for name in names if name != "tokens"}
+    if "entropy" in means:
+        means["approx_entropy"] = means.pop("entropy")
+    return {
+        "loss": sum(one.loss for one in results) / len(results),
+        "grad_norm": sum(one.grad_norm for one in results) / len(results),
+        "grad_norm_max": max(one.grad_norm for one in results),
+        **means,
+    }
+
+
+def rate(stage: Any, step: int) -> float:
+    """The learning rate of the rollout step after `step` finished ones: a linear rise, then constant."""
+    warming = min(1.0, (step + 1) / stage.warmup_steps) if stage.warmup_steps else 1.0
+    return float(stage.learning_rate * warming)
+
+
+def rl_manifest(run: Run, attempt: Attempt, begun: Begun, progress: RLProgress, pinned: bool, files: Digests) -> Manifest:
+    """What a checkpoint of reinforcement learning says of itself."""
+    stage = run.stage
+    return Manifest(
+        **lineage(run, attempt, begun.began, progress.plain, rate(stage, progress.step - 1), pinned),
+        mixture_hash=content_hash(to_json(stage.problems)),
+        tokenizer_hash=begun.tokenizer_hash,
+        ledger=(),
+        files=files,
+        reinforcement=progress_to_json(progress),
+    )
