@@ -6,10 +6,10 @@ import datetime
 import hashlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,11 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_ext import device
 from megatron_ext.config.plan import TrainPlan
-from megatron_ext.errors import ConfigError
+from megatron_ext.errors import ConfigError, MegatronExtError
 
 TIMEOUT_SECONDS = 1800
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,23 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def agreed_with_rank_0(rank: int, read: Callable[[], T]) -> T:
+    """What rank 0 reads, on every rank; or its refusal, raised on every rank.
+
+    One reads for all: on a run at work each would see another newest state, and they would wait for one another.
+    """
+    found: T | MegatronExtError | None = None
+    if rank == 0:
+        try:
+            found = read()
+        except MegatronExtError as refusal:
+            found = refusal
+    agreed: T | MegatronExtError = broadcast_object(found)
+    if isinstance(agreed, MegatronExtError):
+        raise agreed
+    return agreed
 
 
 def any_rank(flag: bool, groups: Groups) -> bool:

@@ -25,7 +25,7 @@ class Actor:
     stage: RLStage
     groups: Groups
     state: TrainState
-    engine: Engine
+    engine: Engine | None  # None: nothing is sampled
     reference: list[GPTModel] | None = None
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
@@ -36,6 +36,7 @@ class Actor:
             group, before = (group if request.prompt == before else group + 1), request.prompt
             if group % copies == self.groups.data_rank:
                 own.append(request)
+        assert self.engine is not None, "nothing to sample with"
         answered = generate_all(self.engine, own)
         speaks = self.groups.tensor_rank == 0 and self.groups.pipeline_rank == 0
         gathered: list[list[Generation]] | None = [[]] * self.groups.plan.num_ranks if self.groups.rank == 0 else None

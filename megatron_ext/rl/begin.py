@@ -13,7 +13,7 @@ from megatron_ext.checkpoint.weights import fill, sharded_weights
 from megatron_ext.config.stages import RLStage
 from megatron_ext.config.tasks import ProblemSet
 from megatron_ext.conversion.assets import carried, has_tokenizer
-from megatron_ext.distributed import Groups, broadcast_object
+from megatron_ext.distributed import Groups, agreed_with_rank_0
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.model.build import build_model
 from megatron_ext.provenance import Manifest
@@ -47,7 +47,8 @@ class Begun:
 
     def close(self) -> None:
         """End engine and grading workers."""
-        self.actor.engine.close()
+        if self.actor.engine is not None:
+            self.actor.engine.close()
         if self.source.pool is not None:
             self.source.pool.close()
 
@@ -67,7 +68,7 @@ def begin_learning(run: Run, groups: Groups, attempt: Attempt) -> Begun:
     chosen = template(stage.template)
     check_template(chosen, tokenizer, began.path)
     engine, hand_over = make_engine(stage, began.state, groups, tokenizer, files)
-    actor = Actor(stage, groups, began.state, engine, _reference(run, groups))
+    actor = Actor(stage, groups, began.state, engine, frozen_reference(run, groups))
     pool = grading_pool(stage.plan) if groups.rank == 0 else None
     made = _prompts_on_rank_0(run, groups, chosen, tokenizer)
     source = RolloutSource(run, actor, made[0], chosen.stop_strings, pool)
@@ -115,11 +116,10 @@ def _prompts_on_rank_0(run: Run, groups: Groups, chosen: Template, tokenizer: To
         held_out = [made(one, stage.validation.max_prompt_tokens) for one in stage.validation.sets]
         return [made(stage.problems, stage.rollouts.max_prompt_tokens), *held_out]
 
-    found: list[Prompts] = broadcast_object(read() if groups.rank == 0 else None)
-    return found
+    return agreed_with_rank_0(groups.rank, read)
 
 
-def _reference(run: Run, groups: Groups) -> list[GPTModel] | None:
+def frozen_reference(run: Run, groups: Groups) -> list[GPTModel] | None:
     """The weights that the stage started from, frozen, where a KL penalty wants them."""
     stage: RLStage = run.stage
     if not stage.objective.kl_coefficient:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_ext.config.stages import RLStage
-from megatron_ext.distributed import broadcast_object
+from megatron_ext.distributed import agreed_with_rank_0, broadcast_object
 from megatron_ext.errors import DataError
 from megatron_ext.generation.engine import Request
 from megatron_ext.rl.actor import Actor
@@ -77,10 +77,7 @@ class RolloutSource:
 
     def _recorded(self, progress: RLProgress) -> Batch:
         step = progress.step + 1
-        batch = broadcast_object(_or_error(lambda: read_record(self.run.path, step)) if self.actor.groups.rank == 0 else None)
-        if isinstance(batch, DataError):
-            raise batch
-        assert isinstance(batch, Batch)
+        batch = agreed_with_rank_0(self.actor.groups.rank, lambda: read_record(self.run.path, step))
         if batch.sha256 != progress.ahead_sha256:
             raise DataError(
                 f"{self.run.path}: the recorded rollouts of step {step} are not those that were sampled ahead for it: "
@@ -187,11 +184,3 @@ def _right(rollouts: Sequence[Rollout]) -> dict[str, tuple[int, int]]:
         right, of = found.get(one.problem, (0, 0))
         found[one.problem] = (right + one.is_correct, of + 1)
     return found
-
-
-def _or_error(read: object) -> object:
-    assert callable(read)
-    try:
-        return read()
-    except DataError as refusal:
-        return refusal

@@ -26,8 +26,7 @@ from megatron_ext.config.schedule import learning_rate
 from megatron_ext.data.ledger import documents
 from megatron_ext.data.loader import Loader
 from megatron_ext.data.prepare import Prepared, open_prepared
-from megatron_ext.distributed import Groups, broadcast_object, process_groups, seed_step
-from megatron_ext.errors import MegatronExtError
+from megatron_ext.distributed import Groups, agreed_with_rank_0, process_groups, seed_step
 from megatron_ext.progress import progress as showing
 from megatron_ext.runs import Run
 from megatron_ext.training.fallback import check_whole
@@ -58,7 +57,7 @@ def replay(groups: Groups, folder: Path, step: int) -> Json:
 
     Raises, on every rank, what `find_step` does, and `DamagedCheckpointError`.
     """
-    recorded = _found_by_rank_0(groups, folder, step)
+    recorded = agreed_with_rank_0(groups.rank, lambda: find_step(folder, step))
     run = recorded.run
     prepared = open_prepared(run)
     if recorded.checkpoint is None:
@@ -86,21 +85,6 @@ def replay(groups: Groups, folder: Path, step: int) -> Json:
         "layers": {name: known(norm) for name, norm in layers.items()},
         "sequences": sequences,
     }
-
-
-def _found_by_rank_0(groups: Groups, folder: Path, step: int) -> Recorded:
-    """One answer for all ranks: while the run is at work, each would see another newest checkpoint, and they would wait for one another."""
-    found: Recorded | MegatronExtError | None = None
-    if groups.rank == 0:
-        try:
-            found = find_step(folder, step)
-        except MegatronExtError as refusal:
-            found = refusal
-    found = broadcast_object(found)
-    if isinstance(found, MegatronExtError):
-        raise found
-    assert found is not None
-    return found
 
 
 @dataclass

@@ -1,0 +1,124 @@
+"""A recorded rollout step computed again: equal bit for bit; and what another clip, cap or reward would have made of it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ext.errors import ConfigError, DataError, RunError
+from megatron_ext.rl import replay as replays
+from megatron_ext.rl.record import prune_records, read_record, record_path, recorded_steps, write_record
+from tests import ranks, rl_runs
+from tests.rl_runs import CPU, rl_run, stage, trace
+
+PLANS = {"one rank": CPU, "tensor 2": replace(CPU, ranks_per_node=2, tensor=2)}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return rl_runs.parent(tmp_path_factory.mktemp("replay"))
+
+
+@pytest.fixture(scope="module")
+def done(start):
+    run = rl_run(start, stage(start.path.parent), "done")
+    trace(run)
+    return run
+
+
+def again(run, step, *changes):
+    return ranks.run(_replay, run.stage.plan, str(run.path), step, changes)[0]
+
+
+def _replay(groups: Any, path: str, step: int, changes: tuple[str, ...]) -> Any:
+    run = replays.rl_run(Path(path))
+    return replays.replay(groups, run.path, step, changes, replays.changed_stage(run.stage, changes))
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_step_comes_out_as_it_was(done, step):
+    found = again(done, step)
+    assert found["equal"], found["differences"]
+    assert found["replayed_from"]["step"] == {1: 0, 5: 3}[step]
+    assert found["as_it_was"]["grad_norm"] > 0
+
+
+def test_under_tensor_parallelism(start):
+    run = rl_run(start, stage(start.path.parent, steps=2, plan=PLANS["tensor 2"]), "split")
+    trace(run)
+    assert again(run, 2)["equal"]
+
+
+def test_an_altered_record_is_noticed(start):
+    run = rl_run(start, stage(start.path.parent, steps=2), "altered")
+    trace(run)
+    path = record_path(run.path, 2)
+    lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+    row = json.loads(lines[1])
+    lines[1] = json.dumps({**row, "reward": -row["reward"]})
+    path.write_bytes(gzip.compress("\n".join(lines).encode() + b"\n"))
+    found = again(run, 2)
+    assert not found["equal"]
+    assert any(one.startswith("rollouts_sha256") for one in found["differences"])
+    assert any(one.startswith("grad_norm") for one in found["differences"])
+
+
+def test_what_another_cap_and_reward_would_have_made_of_it(done):
+    batch = read_record(done.path, 5)
+    cap = 8
+    longer = sum(one.num_tokens > cap for one in batch.rollouts)
+    was_cut = sum(one.is_truncated for one in batch.rollouts)
+    assert longer > was_cut, "no response is longer than the other cap: the test shows nothing"
+    found = again(done, 5, f"cap_tokens={cap}")
+    assert found["equal"]
+    assert found["as_it_would_be"]["truncated_share"] == longer / len(batch.rollouts)
+    assert found["as_it_would_be"]["response_tokens_mean"] < found["as_it_was"]["response_tokens_mean"]
+    formatted = again(done, 5, "reward=format", "objective.divide_by_deviation=false")
+    assert formatted["as_it_would_be"]["accuracy"] == formatted["as_it_was"]["accuracy"]
+    assert formatted["as_it_would_be"]["reward_mean"] > formatted["as_it_was"]["reward_mean"], "wrong in good form is -0.5"
+
+
+def test_what_another_clip_would_have_made_of_it(done):
+    found = again(done, 5, "objective.clip_high=0.0", "objective.clip_low=0.0")
+    assert found["as_it_would_be"]["clip_fraction"] > found["as_it_was"]["clip_fraction"]
+    text = replays.replay_text(found)
+    assert "equal to the record, bit for bit" in text
+    assert "objective.clip_high=0.0" in text
+
+
+def test_what_a_replay_cannot_change_is_refused(done):
+    for change in ("rollouts.responses_per_prompt=2", "seed=3", "cap_tokens=none"):
+        with pytest.raises(ConfigError, match="--set"):
+            replays.changed_stage(done.stage, [change])
+
+
+def test_steps_that_are_not_kept_are_named(done, start):
+    with pytest.raises(DataError, match="step 9 are not kept; kept are 6 steps from 1 to 6"):
+        replays.find_recorded(done.path, 9)
+    with pytest.raises(RunError, match="of kind 'convert'"):
+        replays.rl_run(start.path)
+
+
+def test_a_record_holds_what_was_written_and_a_torn_one_is_refused(done, tmp_path):
+    batch = read_record(done.path, 3)
+    assert write_record(tmp_path, batch) == batch.sha256
+    assert record_path(tmp_path, 3).read_bytes() == record_path(done.path, 3).read_bytes()
+    path = record_path(tmp_path, 3)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="cut short or altered"):
+        read_record(tmp_path, 3)
+
+
+def test_old_records_go_first_and_the_newest_two_stay(done, tmp_path):
+    for step in recorded_steps(done.path):
+        write_record(tmp_path, read_record(done.path, step))
+    sizes = {step: record_path(tmp_path, step).stat().st_size for step in recorded_steps(tmp_path)}
+    assert prune_records(tmp_path, None) == []
+    assert prune_records(tmp_path, sum(sizes.values()) - 1) == [1]
+    assert prune_records(tmp_path, 0) == [2, 3, 4]
+    assert recorded_steps(tmp_path) == [5, 6]
