@@ -119,7 +119,8 @@ class TextStage:
     short_problems: int
     long_problems: int
     instruction_problems: int
-    evaluation_problems: int
+    rl_problems: int  # what reinforcement learning asks; as trainable as the worked ones
+    evaluation_problems: int  # of facts that no text and no RL problem states
     seed: int
     kind: Literal["text"] = "text"
     plan: WorkersPlan = WorkersPlan()
@@ -284,6 +285,12 @@ class RLStage:
     def longest_tokens(self) -> int:
         """Tokens of the longest sequence that is trained on: prompt and response."""
         return self.rollouts.max_prompt_tokens + self.lengths.largest_cap_tokens
+
+    @property
+    def longest_context_tokens(self) -> int:
+        """Tokens of the longest sequence that is sampled, in validation too."""
+        cap = self.validation.cap_tokens or self.lengths.largest_cap_tokens
+        return max(self.longest_tokens, self.validation.max_prompt_tokens + cap if self.validation.sets else 0)
 
 
 @config

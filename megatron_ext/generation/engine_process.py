@@ -158,10 +158,7 @@ class EngineProcess:
         """End the process and raise what happened."""
         if isinstance(cause, BlockingIOError):  # the socket's own limit
             cause = TimeoutError(f"stood still in the middle of a message for {self._silence_seconds:g} seconds, and was ended")
-        if isinstance(cause, TimeoutError):
-            happened = str(cause)
-        else:
-            happened = f"ended with {self._exit()}"
+        happened = str(cause) if isinstance(cause, TimeoutError) else f"ended with {self._exit()}"
         self._end("it failed before")
         raise TrainingError(
             f"the generation engine's process {self.pid} {happened} ({doing}). The end of its log {self._log}:\n{self._log_end()}\n"

@@ -101,7 +101,7 @@ def received(channel: Connection) -> Iterator[Bucket]:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 POSITIONS_MULTIPLE = 64  # the cache grows by steps of this many positions, and by half of itself
 Attend = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]  # layer, queries TGRC, keys and values TG2C -> TN x C
@@ -72,7 +73,7 @@ class KVCache:
             queries_PSNC = queries_TGRC.reshape(len(rows), length, -1, self._channels)
             both_2PGSC = both_TG2C.view(len(rows), length, *both_TG2C.shape[1:]).permute(3, 0, 2, 1, 4)
             self._layers[layer][:, rows_P, :, :length] = both_2PGSC
-            context_PNSC = torch.nn.functional.scaled_dot_product_attention(
+            context_PNSC = scaled_dot_product_attention(
                 queries_PSNC.transpose(1, 2), both_2PGSC[0], both_2PGSC[1], is_causal=True, enable_gqa=queries_TGRC.shape[2] > 1
             )
             return context_PNSC.transpose(1, 2).reshape(len(rows) * length, -1)
@@ -86,18 +87,28 @@ class KVCache:
         rows_B = torch.arange(num_rows, device=device)
         positions_B = torch.tensor(positions, device=device)
         hidden_BK = torch.arange(longest, device=device) > positions_B.unsqueeze(-1)
-        mask_B11K = torch.zeros(hidden_BK.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden_BK, -torch.inf)[:, None, None]
+        mask_BK = torch.zeros(hidden_BK.shape, dtype=self._dtype, device=device).masked_fill_(hidden_BK, -torch.inf)
+        mask_BG1K = mask_BK[:, None, None].expand(-1, self._num_groups, -1, -1).contiguous()
+        product = _attention_by_products if device.type == "cpu" else scaled_dot_product_attention
 
         def attend(layer: int, queries_TGRC: torch.Tensor, both_TG2C: torch.Tensor) -> torch.Tensor:
             both_2BGKC = self._layers[layer]
             both_2BGKC[:, rows_B, :, positions_B] = both_TG2C.transpose(1, 2)
             keys_BGKC, values_BGKC = both_2BGKC[:, :num_rows, :, :longest]
             # The queries of a group stand where those of a sequence would: so no key is repeated for them.
-            context_BGRC = torch.nn.functional.scaled_dot_product_attention(queries_TGRC, keys_BGKC, values_BGKC, attn_mask=mask_B11K)
-            return context_BGRC.reshape(num_rows, -1)
+            return product(queries_TGRC, keys_BGKC, values_BGKC, mask_BG1K).reshape(num_rows, -1)
 
         return Places(positions_B, longest, attend)
 
     def _room(self, num_rows: int, num_positions: int) -> torch.Tensor:
         # Zeros, not whatever memory holds: a masked value still is multiplied by 0, and 0 x NaN is NaN.
         return torch.zeros(2, num_rows, self._num_groups, num_positions, self._channels, dtype=self._dtype, device=self._device)
+
+
+def _attention_by_products(
+    queries_BGRC: torch.Tensor, keys_BGKC: torch.Tensor, values_BGKC: torch.Tensor, mask_BG1K: torch.Tensor
+) -> torch.Tensor:
+    """Attention as two batched products: on a CPU and for this few queries a quarter faster than torch's fused kernel."""
+    queries, keys, values, mask = (tensor.flatten(0, 1) for tensor in (queries_BGRC, keys_BGKC, values_BGKC, mask_BG1K))
+    scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=queries.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(dim=-1), values).view(queries_BGRC.shape)

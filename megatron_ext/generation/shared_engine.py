@@ -83,9 +83,9 @@ class SharedEngine:
             except MegatronExtError as error:
                 box = [(None, error)]
         dist.broadcast_object_list(box, src=self._leader, group=self._group)
-        answer, error = box[0]
-        if error is not None:
-            raise error
+        answer, refusal = box[0]
+        if refusal is not None:
+            raise refusal
         return answer  # type: ignore[return-value]
 
 

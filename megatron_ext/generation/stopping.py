@@ -34,6 +34,7 @@ class StopStrings:
         self._strings = tuple(strings)
         self._last_characters = {string[-1] for string in strings}
         self._window_tokens = max((len(string.encode()) for string in strings), default=0) + CONTEXT_TOKENS
+        self._edge = tokenizer.encode("a")  # on both sides of a token to be looked at: spaces at the edges of a text are dropped
         self._known: dict[int, _Token] = {}
 
     def cut(self, tokens: Sequence[int]) -> str | None:
@@ -63,9 +64,9 @@ class StopStrings:
     def _token(self, token: int) -> _Token:
         found = self._known.get(token)
         if found is None:
-            text = response_text(self._tokenizer, [token, token])  # twice: a space before the first one would be dropped
-            may_end = UNFINISHED in text or not self._last_characters.isdisjoint(text)
-            found = self._known[token] = _Token(may_end, not text)
+            text, beside = (response_text(self._tokenizer, [*self._edge, *inner, *self._edge]) for inner in ([token], []))
+            may_end = UNFINISHED in text or any(text.count(last) > beside.count(last) for last in self._last_characters)
+            found = self._known[token] = _Token(may_end, text == beside)
         return found
 
 

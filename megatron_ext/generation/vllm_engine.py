@@ -66,7 +66,7 @@ def require_vllm() -> None:
 
 
 class VllmEngine:
-    """One vLLM, driven step by step."""
+    """One vLLM, driven step by step; a process has at most one at a time."""
 
     def __init__(self, assets: Mapping[str, bytes], model: ModelConfig, settings: VllmSettings) -> None:
         """Start it with random weights; `update_weights` before the first request.
@@ -272,9 +272,13 @@ def _start(folder: Path, model: ModelConfig, settings: VllmSettings) -> Any:
     if not on_gpu:
         os.environ.update(IMPORT_ENVIRONMENT)
     try:
+        if not on_gpu:
+            _check_head_size(model)
+        from vllm.distributed.parallel_state import model_parallel_is_initialized
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        assert not model_parallel_is_initialized(), "vLLM's groups belong to the process: close the other engine first"
         place: dict[str, Any] = (
             {"gpu_memory_utilization": settings.memory_share}
             if on_gpu
@@ -302,6 +306,18 @@ def _start(folder: Path, model: ModelConfig, settings: VllmSettings) -> Any:
         ) from error
     finally:
         _restore_environment(before)
+
+
+def _check_head_size(model: ModelConfig) -> None:
+    """Before vLLM finds out, which then cannot be started again in this process."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if model.channels_per_head not in sizes:
+        raise ConfigError(
+            f"model {model.name} has heads of {model.channels_per_head} channels, vLLM on a CPU takes {', '.join(map(str, sizes))}; "
+            f"use plan.engine=megatron"
+        )
 
 
 def _restore_environment(before: Mapping[str, str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.generation.engine_process import SILENCE_SECONDS, EngineProcess
 from megatron_ext.generation.vllm_engine import VllmEngine, VllmSettings, require_vllm, visible_device
@@ -15,4 +17,5 @@ def vllm_process(
 ) -> EngineProcess:
     """`VllmEngine(assets, model, settings)` in another process, which writes to `log`; errors of `VllmEngine` and of `EngineProcess`."""
     require_vllm()
-    return EngineProcess(VllmEngine, (dict(assets), model, settings), log, visible_device(), silence_seconds=silence_seconds)
+    environment = {**visible_device(), "OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as the trainer, which waits meanwhile
+    return EngineProcess(VllmEngine, (dict(assets), model, settings), log, environment, silence_seconds=silence_seconds)

@@ -114,21 +114,20 @@ class _Head:
         logits_CW: torch.Tensor,
         targets_C: torch.Tensor,
         norms_C: torch.Tensor,
-        of_logprobs_C: Any,
-        of_entropies_C: Any,
-        entropies_C: Any,
+        entropies_C: torch.Tensor,
+        of_logprobs_C: torch.Tensor | None,
+        of_entropies_C: torch.Tensor | None,
     ) -> torch.Tensor:
         """CW: d log p = onehot - p and d entropy = -p (log p + entropy), each times what comes from above, before the temperature."""
         logprobs_CW = logits_CW.sub_(norms_C[:, None])
         found_CW = logprobs_CW.exp()
-        if of_entropies_C is None:
-            found_CW.mul_(-of_logprobs_C[:, None])
-        else:
-            factors_CW = logprobs_CW.add_(entropies_C[:, None]).mul_(of_entropies_C[:, None])
-            found_CW.mul_(-(factors_CW if of_logprobs_C is None else factors_CW.add_(of_logprobs_C[:, None])))
-        if of_logprobs_C is not None:
-            rows, columns = self.own_targets(targets_C, found_CW.shape[1])
-            found_CW[rows, columns] += of_logprobs_C[rows]
+        of_logprobs_C = torch.zeros_like(norms_C) if of_logprobs_C is None else of_logprobs_C
+        factors_CW = of_logprobs_C[:, None]
+        if of_entropies_C is not None:  # nothing takes it in today's objective, and it costs two passes over the logits
+            factors_CW = logprobs_CW.add_(entropies_C[:, None]).mul_(of_entropies_C[:, None]).add_(factors_CW)
+        found_CW.mul_(-factors_CW)
+        rows, columns = self.own_targets(targets_C, found_CW.shape[1])
+        found_CW[rows, columns] += of_logprobs_C[rows]
         return found_CW.div_(self.temperature)
 
 
@@ -160,9 +159,14 @@ class _TokenLogprobs(torch.autograd.Function):
         of_weight_VH = torch.zeros_like(weight_VH, dtype=norms_N.dtype)  # many chunks add up in it
         for start in range(0, len(hidden_NH), head.chunk_tokens):
             chunk = slice(start, start + head.chunk_tokens)
-            above = (None if each_N is None else each_N[chunk] for each_N in (of_logprobs_N, of_entropies_N))
-            logits_CW = head.logits(hidden_NH[chunk], weight_WH)
-            of_logits_CW = head.logit_gradients(logits_CW, targets_N[chunk], norms_N[chunk], *above, entropies_N[chunk]).to(hidden_NH.dtype)
+            of_logits_CW = head.logit_gradients(
+                head.logits(hidden_NH[chunk], weight_WH),
+                targets_N[chunk],
+                norms_N[chunk],
+                entropies_N[chunk],
+                None if of_logprobs_N is None else of_logprobs_N[chunk],
+                None if of_entropies_N is None else of_entropies_N[chunk],
+            ).to(hidden_NH.dtype)
             of_hidden_NH[chunk] = of_logits_CW @ weight_WH
             of_weight_VH[: len(weight_WH)] += of_logits_CW.t() @ hidden_NH[chunk]
         return of_hidden_NH, of_weight_VH.to(weight_VH.dtype), None, None

@@ -67,7 +67,7 @@ def begin_learning(run: Run, groups: Groups, attempt: Attempt) -> Begun:
     files, tokenizer = carried_tokenizer(began.path, manifest)
     chosen = template(stage.template)
     check_template(chosen, tokenizer, began.path)
-    engine, hand_over = make_engine(stage, began.state, groups, tokenizer, files)
+    engine, hand_over = make_engine(stage, began.state, groups, tokenizer, files, attempt.path / f"engine.rank{groups.rank}.txt")
     actor = Actor(stage, groups, began.state, engine, frozen_reference(run, groups))
     pool = grading_pool(stage.plan) if groups.rank == 0 else None
     made = _prompts_on_rank_0(run, groups, chosen, tokenizer)

@@ -65,9 +65,7 @@ def rl_run(folder: Path) -> Run:
     """Open a run folder of reinforcement learning."""
     run = open_run(folder)
     if run.stage.kind != "rl":
-        raise RunError(
-            f"{run.path}: stage '{run.name}' is of kind '{run.stage.kind}'; replay takes one of kind 'rl' (of a training: why)"
-        )
+        raise RunError(f"{run.path}: stage '{run.name}' is of kind '{run.stage.kind}'; replay takes one of kind 'rl' (of a training: why)")
     return run
 
 

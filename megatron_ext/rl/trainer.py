@@ -81,6 +81,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.source, self.actor = self.begun.source, self.begun.actor
+        self.canary_gap: float | None = None  # of the last hand-over
         self.saver = Saver(self.run, self.groups, self.attempt, self.actor.state, self.begun.files)
 
     def event(self, name: str, progress: RLProgress, *arguments: Any) -> None:
@@ -96,7 +97,7 @@ class _Loop:
 
     def hand_over(self, progress: RLProgress) -> None:
         """From here on the engine samples with the weights as they are."""
-        self.begun.hand_over(progress.updates)
+        self.canary_gap = self.begun.hand_over(progress.updates)
 
     def metrics(
         self, batch: Batch, judged: Judged, results: list[UpdateResult], progress: RLProgress, seconds: dict[str, float]
@@ -111,6 +112,7 @@ class _Loop:
             "informative_share": judged.informative_share,
             **rollout_record(batch, stage.rollouts.responses_per_prompt),
             **{f"{name}_seconds": value for name, value in seconds.items()},
+            "canary_gap": self.canary_gap,
             "responses_per_second": len(batch.rollouts) / seconds["step"],
         }
 
