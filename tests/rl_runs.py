@@ -166,7 +166,7 @@ def _learn(groups: Any, path: str, kill_after: int | None, fault: str) -> dict[s
 
     begun = begin.begin_learning(run, groups, attempt)
     if fault:
-        FAULTS[fault](begun)
+        (FAULTS | ENGINE_FAULTS)[fault](begun)
     progress = trainer.learn(run, groups, attempt, begun, [MetricsHook(KINDS), Watch()])
     return {**seen, "progress": progress, "digests": training_runs.digests(begun.actor.state)}
 
@@ -185,4 +185,22 @@ def _forget_moments(begun: Any) -> None:
             state["exp_avg"].zero_()
 
 
+def _stale_weights(begun: Any) -> None:
+    """The engine gets the weights of the beginning again and again."""
+    from megatron_ext.model.handover import Bucket
+
+    engine = begun.actor.engine
+    update, kept = engine.update_weights, []
+
+    def stale(version: int, tensors: Any) -> None:
+        if not kept:
+            kept.extend(Bucket(tuple((name, tensor.clone()) for name, tensor in bucket.tensors)) for bucket in tensors)
+        else:
+            list(tensors)
+        update(version, iter(kept))
+
+    engine.update_weights = stale
+
+
 FAULTS = {"length schedule begins again": _forget_lengths, "other random streams": _forget_order, "moments lost": _forget_moments}
+ENGINE_FAULTS = {"weights stay behind": _stale_weights}
