@@ -17,6 +17,8 @@ from megatron_ext.reports.style import (
     FAINT,
     MUTED,
     canvas,
+    legend_columns,
+    legend_inches,
     rate_axis,
     readable_on,
     smooth,
@@ -44,7 +46,7 @@ def draw_training(reading: Reading, path: Path) -> bool:
         return False
     zoom = _zoom_range(stages)
     columns = 2 if zoom else 1
-    with canvas(path, 10.0, 5.2 + _legend_inches([s.name for s in stages])) as figure:
+    with canvas(path, 10.0, 5.2 + legend_inches([s.name for s in stages])) as figure:
         grid = figure.subplots(2, columns, sharex="col", squeeze=False, height_ratios=(2.6, 1), width_ratios=(3, 2)[:columns])
         for column in range(columns):
             losses, rates = grid[0][column], grid[1][column]
@@ -55,7 +57,7 @@ def draw_training(reading: Reading, path: Path) -> bool:
         grid[0][0].set_ylabel("training loss (nats per token)")
         grid[1][0].set_ylabel("learning rate")
         handles, _ = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles=handles, loc="outside upper left", ncols=_legend_columns([s.name for s in stages]))
+        figure.legend(handles=handles, loc="outside upper left", ncols=legend_columns([s.name for s in stages]))
         _fit_losses(grid[0][0], stages, None)
         if zoom:
             grid[0][0].set_title("whole lineage", pad=14)
@@ -66,16 +68,6 @@ def draw_training(reading: Reading, path: Path) -> bool:
         for losses, rates in zip(grid[0], grid[1], strict=True):
             _draw_joints(losses, rates, stages)
     return True
-
-
-def _legend_columns(names: list[str]) -> int:
-    """How many entries stand side by side over a figure 10 inches wide: some 115 letters, 8 of them for each line."""
-    return max(1, min(len(names), 115 // (max(map(len, names)) + 8)))
-
-
-def _legend_inches(names: list[str]) -> float:
-    """Height that those entries need."""
-    return 0.2 * math.ceil(len(names) / _legend_columns(names))
 
 
 def _series(stage: StageData, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -162,7 +154,7 @@ def draw_heldout_mixture(reading: Reading, rows: list[MixtureRow], path: Path) -
         return False
     colours, lines = stage_colours(reading), stage_lines(reading)
     largest = max(row.points[-1].tokens for row in rows)
-    with canvas(path, 10.0, 3.7 + _legend_inches([row.stage for row in rows])) as figure:
+    with canvas(path, 10.0, 3.7 + legend_inches([row.stage for row in rows])) as figure:
         level, change = figure.subplots(1, 2)
         for row in rows:
             look = {"color": colours[row.stage], "linestyle": lines[row.stage], "linewidth": 1.7, "marker": "o", "markersize": 4}
@@ -178,7 +170,7 @@ def draw_heldout_mixture(reading: Reading, rows: list[MixtureRow], path: Path) -
         for axes in (level, change):
             token_axis(axes, largest, "tokens of the stage")
         handles, labels = level.get_legend_handles_labels()
-        figure.legend(handles=handles, loc="outside upper left", ncols=_legend_columns(labels))
+        figure.legend(handles=handles, loc="outside upper left", ncols=legend_columns(labels))
     return True
 
 
@@ -247,7 +239,7 @@ def draw_source_tokens(rows: list[SourceTokensRow], path: Path) -> bool:
     sources = sorted(drawn, key=lambda source: -drawn[source])
     rows = sorted(rows, key=lambda row: sources.index(row.source))
     colours = source_colours(sources)
-    with canvas(path, 10.0, 1.0 + _legend_inches(sources) + 0.34 * len(stages)) as figure:
+    with canvas(path, 10.0, 1.0 + legend_inches(sources) + 0.34 * len(stages)) as figure:
         amounts, shares = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.08})
         for place, stage in enumerate(stages):
             left = share_left = 0.0
@@ -272,5 +264,5 @@ def draw_source_tokens(rows: list[SourceTokensRow], path: Path) -> bool:
         shares.xaxis.set_major_formatter(lambda x, _: percent(x, 0))
         shares.set_xlabel("share of the stage's tokens")
         patches = [Patch(facecolor=colour, edgecolor=FAINT, label=name) for name, colour in colours.items()]
-        figure.legend(handles=patches, loc="outside upper left", ncols=_legend_columns(sources))
+        figure.legend(handles=patches, loc="outside upper left", ncols=legend_columns(sources))
     return True

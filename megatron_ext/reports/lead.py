@@ -13,8 +13,8 @@ def lead(reading: Reading) -> str:
     """Model, tokens, stages and how they hang together; what is done of it."""
     stages = reading.training
     if not stages:
-        return f"Graph {reading.graph}: {many(len(reading.stages), 'stage')}, none of them training."
-    rows = {row.stage: row for row in stage_rows(reading)}
+        return f"Graph {reading.graph}: {_rl(reading) or many(len(reading.stages), 'stage') + ', none of them training'}."
+    rows = {row.stage: row for row in stage_rows(reading) if row.stage in {s.name for s in stages}}
     done = sum(row.tokens or 0 for row in rows.values())
     planned = sum(row.tokens_planned or 0 for row in rows.values())
     amount = tokens(done) if done == planned else f"{tokens(done)} of {tokens(planned)} planned"
@@ -22,7 +22,8 @@ def lead(reading: Reading) -> str:
     model = listed([f"{name} ({tokens(size)} parameters)" for name, size in models.items()])
     where = listed(sorted({f"{s.config.plan.device.upper()} in {s.config.precision.upper()}" for s in stages}))
     parts = [_part(group) for group in _families(stages)]
-    return f"Graph {reading.graph}: {model} trained for {amount} tokens on {where}, in {many(len(stages), 'stage')}: {'; '.join(parts)}."
+    trained = f"{model} trained for {amount} tokens on {where}, in {many(len(stages), 'stage')}: {'; '.join(parts)}"
+    return f"Graph {reading.graph}: {trained}{'; then ' if reading.rl else ''}{_rl(reading)}."
 
 
 def _families(stages: tuple[StageData, ...]) -> list[list[StageData]]:
@@ -35,9 +36,24 @@ def _families(stages: tuple[StageData, ...]) -> list[list[StageData]]:
     return list(groups.values())
 
 
+def _rl(reading: Reading) -> str:
+    """What was done by reinforcement learning; '' where nothing was."""
+    if not reading.rl:
+        return ""
+    starts = list(dict.fromkeys(str(parent_name(s)) for s in reading.rl))
+    steps = sorted({s.config.steps for s in reading.rl})
+    length = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
+    each = " each" if len(reading.rl) > 1 else ""
+    return f"reinforcement learning from {_some(starts)} ({length} rollout steps{each})"
+
+
+def _some(names: list[str]) -> str:
+    return listed(names if len(names) <= MOST_NAMES else [*names[:2], f"{len(names) - 2} more"])
+
+
 def _part(group: list[StageData]) -> str:
     config = group[0].config
-    names = listed([s.name for s in group] if len(group) <= MOST_NAMES else [*(s.name for s in group[:2]), f"{len(group) - 2} more"])
+    names = _some([s.name for s in group])
     each = " each" if len(group) > 1 else ""
     how = {"scratch": "from scratch", "weights": "from the weights of", "branch": "branching from"}[config.start.kind]
     parent = parent_name(group[0])

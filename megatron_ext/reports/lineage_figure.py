@@ -16,15 +16,16 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 
-from megatron_ext.config.stages import ConvertStage, TokenizerStage, TokenizeStage, TrainStage
+from megatron_ext.config.stages import ConvertStage, RLStage, TokenizerStage, TokenizeStage, TrainStage
 from megatron_ext.reports.format import many, rate, tokens
 from megatron_ext.reports.read import Reading, StageData
-from megatron_ext.reports.rows import JointRow
+from megatron_ext.reports.rl_tables import caps_words
+from megatron_ext.reports.rows import JointRow, StageRow
 from megatron_ext.reports.style import INK, MUTED, canvas, stage_colours
 from megatron_ext.reports.tables import joint_rows, stage_rows
 
 NAME_POINTS, LINE_POINTS = 9.5, 8.0
-LINE_HEIGHT, PADDING, GAP, ROW_GAP, LANE, MARGIN = 0.165, 0.11, 0.62, 0.22, 0.13, 0.12
+LINE_HEIGHT, PADDING, GAP, ROW_GAP, LANE, MARGIN = 0.165, 0.11, 0.52, 0.22, 0.13, 0.12
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def node_lines(reading: Reading) -> dict[str, tuple[str, ...]]:
     lines = {}
     for stage in reading.stages:
         row = progress[stage.name]
-        text = [stage.name, *_what(stage, row.tokens, row.tokens_planned), *_joint(joints.get(stage.name))]
+        text = [stage.name, *_what(stage, row), *_joint(stage, joints.get(stage.name))]
         if stage.state != "done":
             text.append({"begun": "begun, not done", "not begun": "not begun", "missing": "folder is missing"}[stage.state])
         lines[stage.name] = tuple(text)
@@ -169,13 +170,17 @@ def _ordered_columns(names: list[str], parents: dict[str, list[str]], layers: di
     return columns
 
 
-def _what(stage: StageData, done: int | None, planned: int | None) -> list[str]:
+def _what(stage: StageData, row: StageRow) -> list[str]:
+    done, planned, done_steps = row.tokens, row.tokens_planned, row.steps
     match stage.config:
         case TrainStage() as config:
             schedule = config.schedule
             falls = "" if schedule.shape == "constant" else f" \N{RIGHTWARDS ARROW} {rate(schedule.floor)}"
             amount = tokens(done) if done == planned else f"{tokens(done or 0)} of {tokens(planned)}"
             return [f"train \N{MIDDLE DOT} {amount} tokens", f"LR {rate(schedule.peak)}{falls}, {schedule.shape.replace('_', ' ')}"]
+        case RLStage() as config:
+            reach = f"{config.steps:,}" if done_steps == config.steps else f"{done_steps or 0:,} of {config.steps:,}"
+            return [f"RL \N{MIDDLE DOT} {reach} rollout steps", f"cap {caps_words(config.lengths)}, LR {rate(config.learning_rate)}"]
         case TokenizeStage() as config:
             size = [f"{tokens(sum(r.tokens for r in stage.corpus.sources.values()))} training tokens"] if stage.corpus else []
             return [f"tokenize \N{MIDDLE DOT} {many(len(config.sources), 'source')}", *size]
@@ -186,12 +191,12 @@ def _what(stage: StageData, done: int | None, planned: int | None) -> list[str]:
     return [stage.kind] if stage.config is not None and stage.kind != stage.name else []
 
 
-def _joint(row: JointRow | None) -> list[str]:
+def _joint(stage: StageData, row: JointRow | None) -> list[str]:
     if row is None:
         return []
     where = "" if not row.lineage_tokens else f" at {tokens(row.lineage_tokens)}"
     how = {"branch": "branch", "weights": "weights only"}[row.start]
-    if row.learning_rate_before is None or row.learning_rate_after is None:
+    if stage.is_rl or row.learning_rate_before is None or row.learning_rate_after is None:
         return [f"{how}{where}"]
     return [f"{how}{where}", f"joint LR: {rate(row.learning_rate_before)} | {rate(row.learning_rate_after)}"]
 
@@ -202,14 +207,15 @@ def _text_width(text: str, is_name: bool) -> float:
 
 
 def _draw_node(axes: Axes, node: Node, stage: StageData, colour: str) -> None:
-    edge = colour if stage.is_training else MUTED
+    learns = stage.is_training or stage.is_rl
+    edge = colour if learns else MUTED
     style = "-" if stage.state == "done" else (0, (4, 2.5))
     box = FancyBboxPatch(
         (node.left, node.bottom), node.width, node.height, boxstyle="round,pad=0,rounding_size=0.05",
-        facecolor="white" if stage.is_training else "#f6f8fa", edgecolor=edge, linewidth=1.3, linestyle=style, zorder=3,
+        facecolor="white" if learns else "#f6f8fa", edgecolor=edge, linewidth=1.3, linestyle=style, zorder=3,
     )  # fmt: skip
     axes.add_patch(box)
-    if stage.is_training:
+    if learns:
         bar = Rectangle((node.left, node.bottom + 0.05), 0.055, node.height - 0.1, facecolor=colour, edgecolor="none", zorder=4)
         axes.add_patch(bar)
     for i, text in enumerate(node.lines):

@@ -101,15 +101,16 @@ def code(text: str) -> Html:
     return Html(f"<code>{escape(text)}</code>")
 
 
-def page(title: str, lead: str, sections: list[tuple[str, str, str]], notes: list[str]) -> str:
-    """The whole document; sections are (anchor, heading, HTML)."""
+def page(title: str, lead: list[str], sections: list[tuple[str, str, str]], notes: list[str]) -> str:
+    """The whole document; `lead` are the paragraphs that open it, sections are (anchor, heading, HTML)."""
     links = "".join(f'<a href="#{anchor}">{escape(heading)}</a>' for anchor, heading, _ in sections)
     bodies = "".join(f'<section id="{anchor}">\n<h2>{escape(heading)}</h2>\n{body}</section>\n' for anchor, heading, body in sections)
     items = "".join(f"<li>{escape(note)}</li>\n" for note in notes)
     box = f'<div class="notes"><b>Before you read on</b><ul>\n{items}</ul></div>\n' if notes else ""
+    opening = "".join(paragraph(text, "lead") for text in lead)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        f"{paragraph(lead, 'lead')}<nav>{links}</nav>\n{box}{bodies}</body>\n</html>\n"
+        f"{opening}<nav>{links}</nav>\n{box}{bodies}</body>\n</html>\n"
     )

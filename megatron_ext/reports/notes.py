@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_ext.provenance import Parent
 from megatron_ext.reports.format import listed, many
 from megatron_ext.reports.read import Reading, StageData
+from megatron_ext.reports.rl_notes import rl_findings
 from megatron_ext.reports.tables import mixture_row, number, parent_name, steps_done
 from megatron_ext.snapshot import code_words
 
@@ -12,17 +13,17 @@ from megatron_ext.snapshot import code_words
 def notes(reading: Reading) -> list[str]:
     """One line a finding, with all stages that it is true of; empty where all is finished and measured."""
     stages_of: dict[str, list[str]] = {}
-    for findings in (_state, _measurement):
+    for findings in (_state, _measurement, rl_findings):
         for stage in reading.stages:
             for line in findings(stage):
                 stages_of.setdefault(line, []).append(stage.name)
-    for stage in reading.training:
+    for stage in reading.learning:
         for line in _parent(reading, stage):
             stages_of.setdefault(line, []).append(stage.name)
     lines = [f"{listed(stages)}: {line}" for line, stages in stages_of.items()]
     if reading.training and not any(s.config.start.kind == "branch" for s in reading.training):
         lines.append("No stage here branches from another; where the page would compare branches, it shows every training stage.")
-    if not reading.training:
+    if not reading.learning:
         lines.append("No training stage is among the stages of this report.")
     return lines
 
@@ -34,7 +35,8 @@ def _state(stage: StageData) -> list[str]:
     elif stage.state == "not begun":
         lines.append("not begun.")
     elif stage.state == "begun":
-        reach = f" (step {steps_done(stage):,} of {stage.config.budget.steps:,})" if stage.is_training else ""
+        learns = stage.is_training or stage.is_rl
+        reach = f" (step {steps_done(stage):,} of {stage.config.num_steps:,})" if learns else ""
         lines.append(f"not finished{reach}; the numbers are of what was done so far.")
     if stage.tracker_damage:
         lines.append(f"its newest checkpoint is taken from the folders' names, because the tracker is damaged: {stage.tracker_damage}.")
@@ -48,7 +50,7 @@ def _state(stage: StageData) -> list[str]:
     if codes := code_words({a.number: a.code_hash for a in stage.attempts if a.code_hash}):
         lines.append(f"ran under more than one code: {codes}.")
     plans = [a.plan for a in stage.attempts if a.plan]
-    if stage.is_training and any(plan != plans[0] for plan in plans):
+    if (stage.is_training or stage.is_rl) and any(plan != plans[0] for plan in plans):
         lines.append("ran under more than one plan; the throughput is the median over all steps.")
     return lines
 

@@ -8,10 +8,12 @@ from typing import Any
 from megatron_ext.attempts import attempting
 from megatron_ext.config.base import Json
 from megatron_ext.reports import markup
+from megatron_ext.reports.board import FIGURES, Board
 from megatron_ext.reports.lead import lead
 from megatron_ext.reports.notes import notes
 from megatron_ext.reports.read import gather
-from megatron_ext.reports.sections import FIGURES, SECTIONS, Board
+from megatron_ext.reports.rl_verdict import verdict
+from megatron_ext.reports.sections import SECTIONS
 from megatron_ext.runs import Run, atomic_write, mark_done, write_json
 
 PAGE, SUMMARY = "index.html", "summary.json"
@@ -27,14 +29,16 @@ def run_report(run: Run) -> None:
         reading = gather(run)
         (run.path / FIGURES).mkdir(parents=True, exist_ok=True)
         board = Board(reading, run.path)
-        sections = [section(board) for section in SECTIONS]
-        remarks, opening = notes(reading), lead(reading)
+        sections = [section for draw in SECTIONS if (section := draw(board)) is not None]
+        remarks, opening, answer = notes(reading), lead(reading), verdict(reading)
         summary: Json = {"format": SUMMARY_FORMAT, "title": reading.title, "graph": reading.graph, "lead": opening, "notes": remarks}
+        if answer:
+            summary["rl_verdict"] = answer
         for section in sections:
             summary |= section.numbers
         write_json(run.path / SUMMARY, _finite({**summary, "figures": board.drawn}))
         shown = [(s.anchor, s.heading, s.html) for s in sections]
-        atomic_write(run.path / PAGE, markup.page(reading.title, opening, shown, remarks))
+        atomic_write(run.path / PAGE, markup.page(reading.title, [opening, *answer], shown, remarks))
     states = [s.state for s in reading.stages]
     mark_done(run, {"page": PAGE, "figures": len(board.drawn), "stages": len(states), "stages_done": states.count("done")})
 

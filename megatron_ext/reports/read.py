@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from megatron_ext.attempts import EXIT, FALLBACK, RECORD
 from megatron_ext.config.base import Json
-from megatron_ext.config.stages import TrainStage, inputs
+from megatron_ext.config.stages import RLStage, TrainStage, inputs
 from megatron_ext.errors import CheckpointError
 from megatron_ext.metrics import Record, read_metrics
 from megatron_ext.provenance import CORPUS, MANIFEST, CorpusIndex, Manifest, file_sha256, read_corpus, read_manifest
@@ -48,6 +48,8 @@ class StageData:
     starts: dict[int, int] = field(default_factory=dict)  # attempt -> step it began after
     train: tuple[Record, ...] = ()
     validation: tuple[Record, ...] = ()
+    rl: tuple[Record, ...] = ()  # one a rollout step
+    rl_validation: tuple[Record, ...] = ()  # one a held-out set of problems
     manifest: Manifest | None = None  # of the newest checkpoint
     tracker_damage: str = ""  # what is wrong with the file that names it
     parent_sha256: str = ""  # of the manifest of the checkpoint that it started from, as that is now; '' where it is gone
@@ -66,6 +68,16 @@ class StageData:
         """Whether the stage trains (and so has a mixture, a schedule and metrics)."""
         return isinstance(self.config, TrainStage)
 
+    @property
+    def is_rl(self) -> bool:
+        """Whether the stage is reinforcement learning."""
+        return isinstance(self.config, RLStage)
+
+    @property
+    def steps(self) -> tuple[Record, ...]:
+        """Its steps that were recorded, training or rollout steps."""
+        return self.rl if self.is_rl else self.train
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -79,6 +91,16 @@ class Reading:
     def training(self) -> tuple[StageData, ...]:
         """The training stages, in order."""
         return tuple(s for s in self.stages if s.is_training)
+
+    @property
+    def rl(self) -> tuple[StageData, ...]:
+        """The stages of reinforcement learning, in order."""
+        return tuple(s for s in self.stages if s.is_rl)
+
+    @property
+    def learning(self) -> tuple[StageData, ...]:
+        """Both, in order: every stage that makes weights from weights."""
+        return tuple(s for s in self.stages if s.is_training or s.is_rl)
 
     def find(self, name: str) -> StageData | None:
         """The stage called `name`, if the report names it."""
@@ -126,6 +148,8 @@ def _stage(run: Run) -> StageData:
         starts={r["attempt"]: r["step"] for r in records if r["kind"] == "attempt"},
         train=_by_step(records, "train"),
         validation=_by_step(records, "validation"),
+        rl=_by_step(records, "rl"),
+        rl_validation=_by_step(records, "rl_validation"),
         manifest=manifest,
         tracker_damage=damage,
         parent_sha256=parent_sha256,

@@ -18,10 +18,10 @@ class StageRow:
     kind: str
     state: str
     attempts: int
-    steps: int | None  # finished; training stages only
+    steps: int | None  # finished; training and RL stages only
     steps_planned: int | None
-    tokens: int | None
-    tokens_planned: int | None
+    tokens: int | None  # of RL: of the responses sampled
+    tokens_planned: int | None  # training stages only
     seconds: float | None  # of all attempts that recorded their end
     science_hash: str
 
@@ -76,7 +76,7 @@ class JointRow:
 
 @dataclass(frozen=True)
 class TreeRow:
-    """A training stage's place in the tree of starts."""
+    """A training or RL stage's place in the tree of starts."""
 
     stage: str
     mark: str  # drawn before its name

@@ -1,19 +1,15 @@
-"""The page's sections: each function takes the drawing board and gives one section with its numbers.
+"""The page's sections: each function takes the drawing board and gives one section with its numbers, or None where it has none.
 
-To add a section (RL, evaluation), write one function and name it in `SECTIONS`.
+To add a section, write one function and name it in `SECTIONS`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from megatron_ext.config.base import Json
 from megatron_ext.reports import format as show
 from megatron_ext.reports import markup, tables
+from megatron_ext.reports.board import Board, Section, as_json
 from megatron_ext.reports.figures import (
     SMOOTHING_LEAST,
     SMOOTHING_SHARE,
@@ -23,52 +19,10 @@ from megatron_ext.reports.figures import (
     draw_training,
 )
 from megatron_ext.reports.lineage_figure import draw_lineage
-from megatron_ext.reports.markup import Cell, Html
-from megatron_ext.reports.read import Reading
+from megatron_ext.reports.markup import Cell
+from megatron_ext.reports.rl_sections import reinforcement
 from megatron_ext.reports.rows import CodeRow, JointRow
-from megatron_ext.reports.style import stage_colours
 from megatron_ext.snapshot import code_hash
-
-FIGURES = "figures"
-PAGE_PIXELS = 0.69  # of the page for one of a PNG: a figure 10 inches wide fills the column, and text is of one size in all
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page and the numbers that it shows, by their key in summary.json."""
-
-    anchor: str
-    heading: str
-    html: str
-    numbers: Json
-
-
-@dataclass
-class Board:
-    """Where figures are drawn; it numbers them in the order of the page."""
-
-    reading: Reading
-    folder: Path  # the report's run folder
-    drawn: list[str] = field(default_factory=list)
-
-    def figure(self, name: str, draw: Callable[[Path], bool], alternative: str, caption: str, absent: str) -> str:
-        """Draw `figures/<name>.png`; where there is nothing to draw, say `absent` and leave no old file behind."""
-        source = f"{FIGURES}/{name}.png"
-        path = self.folder / source
-        path.unlink(missing_ok=True)
-        if not draw(path):
-            return markup.paragraph(absent, "muted")
-        self.drawn.append(source)
-        return markup.figure(source, alternative, len(self.drawn), caption, round(_png_width(path) * PAGE_PIXELS))
-
-    def name(self, stage: str) -> Html:
-        """A stage's name behind its colour."""
-        return markup.chip(stage_colours(self.reading).get(stage), stage)
-
-
-def as_json(rows: list[Any]) -> list[Json]:
-    """Rows as plain JSON objects."""
-    return [dataclasses.asdict(row) for row in rows]
 
 
 def lineage(board: Board) -> Section:
@@ -99,7 +53,7 @@ def lineage(board: Board) -> Section:
     if tree:
         at = {row.stage: row for row in joints}
         html += markup.table(
-            "Where each training stage starts",
+            "Where each stage starts",
             ["stage", "starts from", "how", "#parent tokens", "#lineage tokens", "#LR before", "#LR after"],
             [[markup.branch(r.mark, board.name(r.stage)), *_joint_cells(at.get(r.stage))] for r in tree],
         )
@@ -307,12 +261,6 @@ def _of(form: Callable[[float | None], str], done: int | None, planned: int | No
     return f"{form(done or 0)} of {form(planned)}"
 
 
-def _png_width(path: Path) -> int:
-    """Pixels, from the file's header (PNG specification, section 11.2.2: IHDR begins with the width)."""
-    with path.open("rb") as file:
-        return int.from_bytes(file.read(20)[16:20], "big")
-
-
 def _by_packages(codes: list[CodeRow]) -> dict[str, list[str]]:
     """Versions as text -> the stages that ran with them."""
     groups: dict[str, list[str]] = {}
@@ -325,7 +273,8 @@ def _hash(value: str) -> Cell:
     return markup.code(show.short_hash(value)) if value else show.NONE
 
 
-SECTIONS: tuple[Callable[[Board], Section], ...] = (
+SECTIONS: tuple[Callable[[Board], Section | None], ...] = (
+    reinforcement,
     lineage,
     training,
     heldout_mixture,

@@ -6,6 +6,7 @@ A stage keeps its colour through the whole page: the trunk is grey, each branch 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,23 +74,45 @@ def canvas(
 
 
 def stage_colours(reading: Reading) -> dict[str, str]:
-    """Colour of each training stage: greys for what others start from, a hue for each that ends a line."""
+    """Colour of each training stage: greys for what others start from, a hue for each that ends a line. RL has that of its start."""
     parents = {parent_name(s) for s in reading.training}
     trunk = [s.name for s in reading.training if s.name in parents or (s.config.start.kind != "branch" and len(reading.training) > 1)]
     leaves = [s.name for s in reading.training if s.name not in trunk]
     greys = {name: TRUNK[i % len(TRUNK)] for i, name in enumerate(reversed(trunk))}
-    return greys | {name: BRANCHES[i % len(BRANCHES)] for i, name in enumerate(leaves)}
+    colours = greys | {name: BRANCHES[i % len(BRANCHES)] for i, name in enumerate(leaves)}
+    free = [colour for colour in TRUNK + BRANCHES if colour not in colours.values()] or list(TRUNK)
+    others = [str(parent_name(s)) for s in reading.rl if parent_name(s) not in colours]  # converted models, mostly
+    starts = colours | {name: free[i % len(free)] for i, name in enumerate(dict.fromkeys(others))}
+    return colours | {s.name: starts[str(parent_name(s))] for s in reading.rl}
 
 
 def stage_lines(reading: Reading) -> dict[str, str]:
-    """Line style of each training stage; it changes where the hues start over."""
+    """Line style of each training stage, and of each RL stage among its like; it changes where the hues start over."""
     colours = stage_colours(reading)
+    styles: dict[str, str] = {}
+    for stages in (reading.training, reading.rl):
+        styles |= _cycled({s.name: colours[s.name] for s in stages})
+    return styles
+
+
+def _cycled(colours: dict[str, str]) -> dict[str, str]:
     seen: list[str] = []
     styles = {}
     for name, colour in colours.items():
         styles[name] = LINES[seen.count(colour) % len(LINES)]
         seen.append(colour)
     return styles
+
+
+def legend_columns(names: list[str], width_inches: float = 10.0) -> int:
+    """How many entries stand side by side over a figure: some 11.5 letters an inch, 8 of them for each line; rows of one length."""
+    most = max(1, int(11.5 * width_inches) // (max(map(len, names)) + 8))
+    return math.ceil(len(names) / math.ceil(len(names) / most))
+
+
+def legend_inches(names: list[str], width_inches: float = 10.0) -> float:
+    """Height that those entries need."""
+    return 0.2 * math.ceil(len(names) / legend_columns(names, width_inches))
 
 
 def source_colours(names: list[str]) -> dict[str, str]:

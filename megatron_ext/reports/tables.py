@@ -35,17 +35,17 @@ def stage_rows(reading: Reading) -> list[StageRow]:
     """Every stage, in order."""
     rows = []
     for s in reading.stages:
-        budget = s.config.budget if s.is_training else None
+        learns = s.is_training or s.is_rl
         rows.append(
             StageRow(
                 stage=s.name,
                 kind=s.kind,
                 state=s.state,
                 attempts=len(s.attempts),
-                steps=steps_done(s) if budget else None,
-                steps_planned=budget.steps if budget else None,
-                tokens=_reached(s, "tokens") if budget else None,
-                tokens_planned=budget.tokens if budget else None,
+                steps=steps_done(s) if learns else None,
+                steps_planned=s.config.num_steps if learns else None,
+                tokens=_reached(s, "tokens") if learns else None,
+                tokens_planned=s.config.budget.tokens if s.is_training else None,
                 seconds=_seconds(s),
                 science_hash=s.science_hash,
             )
@@ -58,7 +58,7 @@ def attempt_rows(reading: Reading) -> list[AttemptRow]:
     rows = []
     for s in reading.stages:
         for a in s.attempts:
-            standing = sum(r["attempt"] == a.number for r in s.train)
+            standing = sum(r["attempt"] == a.number for r in s.steps)
             ranks = a.plan["nodes"] * a.plan["ranks_per_node"] if {"nodes", "ranks_per_node"} <= a.plan.keys() else None
             start = s.starts.get(a.number)
             rows.append(AttemptRow(s.name, a.number, a.started_at, a.ended_at, a.reason, a.error, start, standing, ranks))
@@ -100,7 +100,7 @@ def training_rows(reading: Reading) -> list[TrainingRow]:
 def joint_rows(reading: Reading) -> list[JointRow]:
     """Every start from another stage, by the child's manifest or, before it has one, by the records."""
     rows = []
-    for s in reading.training:
+    for s in reading.learning:
         name = parent_name(s)
         if name is None:
             continue
@@ -108,17 +108,17 @@ def joint_rows(reading: Reading) -> list[JointRow]:
         parent = reading.find(name)
         tokens = recorded.tokens if recorded else _start_tokens(s, parent)
         before = (recorded.learning_rate if recorded.iteration else None) if recorded else _learning_rate_at(parent, tokens)
-        first = s.train[0] if s.train else {}
+        first = s.steps[0] if s.steps else {}
         after = number(first, "learning_rate")
         rows.append(JointRow(s.name, name, s.config.start.kind, tokens, origin(s), before, after, first.get("step")))
     return rows
 
 
 def tree_rows(reading: Reading) -> list[TreeRow]:
-    """Every training stage under the one it starts from; children by the point where they leave it, then in the report's order."""
+    """Every training and RL stage under the one it starts from; children by the point where they leave it, then in the report's order."""
     at = {row.stage: row.parent_tokens or 0 for row in joint_rows(reading)}
-    names = [s.name for s in reading.training]
-    parents = {s.name: parent_name(s) for s in reading.training}
+    names = [s.name for s in reading.learning]
+    parents = {s.name: parent_name(s) for s in reading.learning}
 
     def below(parent: str, lead: str) -> list[TreeRow]:
         children = sorted((name for name in names if parents[name] == parent), key=lambda name: at[name])
@@ -263,28 +263,28 @@ def number(values: dict[str, Any], key: str) -> float | None:
 
 
 def parent_name(stage: StageData) -> str | None:
-    """The stage that a training stage starts from; None from scratch."""
+    """The stage that a training or RL stage starts from; None from scratch."""
     return None if isinstance(stage.config.start, Scratch) else str(stage.config.start.stage)
 
 
 def steps_done(stage: StageData) -> int:
     """The last finished step: recorded, or of the newest checkpoint where only every so many steps are recorded."""
-    recorded = int(stage.train[-1]["step"]) if stage.train else 0
+    recorded = int(stage.steps[-1]["step"]) if stage.steps else 0
     return max(recorded, stage.manifest.iteration if stage.manifest else 0)
 
 
 def origin(stage: StageData) -> int | None:
     """Lineage tokens at which the stage began; None before it recorded anything."""
-    for record in (*stage.train[:1], *stage.validation[:1]):
+    for record in (*stage.steps[:1], *stage.validation[:1]):
         return int(record["lineage_tokens"] - record["tokens"])
     return stage.manifest.lineage_tokens - stage.manifest.tokens if stage.manifest else None
 
 
 def _reached(stage: StageData, key: str) -> int | None:
-    """`tokens` or `lineage_tokens` at the last finished step."""
-    recorded = int(stage.train[-1][key]) if stage.train else 0
+    """`tokens` or `lineage_tokens` at the last finished step; of RL, tokens are those of its responses."""
+    recorded = int(stage.steps[-1][key]) if stage.steps else 0
     kept = int(getattr(stage.manifest, key)) if stage.manifest else 0
-    return max(recorded, kept) if stage.train or stage.manifest else None
+    return max(recorded, kept) if stage.steps or stage.manifest else None
 
 
 def _seconds(stage: StageData) -> float | None:

@@ -1,4 +1,7 @@
-"""What a rollout step hands to the update: responses with their prompts, grades and rewards, group by group."""
+"""What a rollout step hands to the update: responses with their prompts, grades and rewards, group by group.
+
+Shapes: P prompts, G responses of a prompt, N responses.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the objective makes of a step's rewards. Shapes: P prompts, G responses of a prompt."""
+    """What the objective makes of a step's rewards."""
 
     advantages_PG: torch.Tensor
     counted_PG: torch.Tensor

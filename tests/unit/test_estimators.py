@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp
 
 from megatron_ext.errors import DataError
-from megatron_ext.evaluation.estimators import (
+from megatron_ext.estimators import (
     Estimate,
     Tally,
     clopper_pearson,
@@ -214,6 +214,6 @@ def test_what_cannot_be_says_why(make, message):
 
 
 def test_estimators_need_no_torch():
-    program = "import sys\nsys.modules['torch'] = None\nimport megatron_ext.evaluation.estimators"
+    program = "import sys\nsys.modules['torch'] = None\nimport megatron_ext.estimators"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

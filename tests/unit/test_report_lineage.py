@@ -21,7 +21,7 @@ def test_the_tree_of_starts_stands_in_the_order_of_the_branch_points(tmp_path) -
     assert [(r["mark"], r["stage"]) for r in summary["tree"]] == [
         ("", "base"), ("└─ ", "stable"), ("   ├─ ", "early"), ("   ├─ ", "long"), ("   └─ ", "short"),
     ]  # fmt: skip
-    cells = page.split("Where each training stage starts")[1].split("</table>")[0]
+    cells = page.split("Where each stage starts")[1].split("</table>")[0]
     assert "&nbsp;&nbsp;&nbsp;├─&nbsp;</code>" in cells
     assert re.search(r"early</span></td><td>stable</td><td>weights and optimizer</td><td[^>]*>1.024k<", cells), cells
 

@@ -138,6 +138,18 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**total)
 
 
+def difference(one: Estimate, other: Estimate) -> Estimate:
+    """`one` less `other`, as if of different problems: Newcombe's (1998, independent proportions, method 10).
+
+    Of two runs on the same problems, which mostly agree, the true interval is narrower: `paired_difference`, where it is
+    known which problems each solved.
+    """
+    value = one.value - other.value
+    low = value - _joined(one.value - one.low, other.high - other.value, 0.0)
+    high = value + _joined(one.high - one.value, other.value - other.low, 0.0)
+    return Estimate(value, low, high, min(one.count, other.count))
+
+
 def macro_mean(sets: Mapping[str, Estimate]) -> Estimate:
     """Unweighted mean over sets of independent problems; its interval joins theirs by squares, as `newcombe` does."""
     if not sets:
