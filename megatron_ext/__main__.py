@@ -33,22 +33,6 @@ def launch(arguments: argparse.Namespace) -> None:
         raise LaunchError("launch: this version submits to no scheduler; add --local to run here, or --dry-run to see what would run")
 
 
-def plan(arguments: argparse.Namespace) -> None:
-    """Print what a recipe costs."""
-    from megatron_ext.launch.load import load_graph
-    from megatron_ext.launch.plan import plan_json, plan_text
-
-    graph, cluster = load_graph(arguments.recipe, arguments.overrides, arguments.cluster)
-    print(plan_json(graph, cluster) if arguments.json else plan_text(graph, cluster))
-
-
-def doctor(arguments: argparse.Namespace) -> None:
-    """Print what a recipe would fail of."""
-    from megatron_ext.launch.doctor import doctor_command
-
-    doctor_command(arguments)
-
-
 def why(arguments: argparse.Namespace) -> None:
     """Compute a training step again, on the ranks of its run's plan."""
     from megatron_ext.launch.ranks import become_ranks, is_a_rank
@@ -61,6 +45,17 @@ def why(arguments: argparse.Namespace) -> None:
     importlib.import_module("megatron_ext.training.why").run_why(run, step, as_json)
 
 
+def replay(arguments: argparse.Namespace) -> None:
+    """Compute a reinforcement learning step again from its record, on the ranks of its run's plan."""
+    from megatron_ext.launch.ranks import become_ranks
+    from megatron_ext.launch.verbs import run_of_kind
+
+    run, step, changes, as_json = run_of_kind("replay", "rl", arguments.run), arguments.step, arguments.changes, arguments.json
+    asked = [word for change in changes for word in ("--set", change)]
+    become_ranks(run, words=["replay", str(run.path), "--step", str(step), *asked, *(["--json"] if as_json else [])])
+    importlib.import_module("megatron_ext.rl.replay").run_replay(run, step, changes, as_json)
+
+
 def work(arguments: argparse.Namespace) -> None:
     """Do what a run folder's recipe says."""
     from megatron_ext.launch.commands import permissions
@@ -71,7 +66,7 @@ def work(arguments: argparse.Namespace) -> None:
         _function(RUN_VERBS[arguments.verb].function)(run)
 
 
-CALLS: dict[str, Callable[[argparse.Namespace], None]] = {"launch": launch, "plan": plan, "doctor": doctor, "why": why}
+CALLS: dict[str, Callable[[argparse.Namespace], None]] = {"launch": launch, "why": why, "replay": replay}
 
 
 def call(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config.budget import Budget
 from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.plan import Precision, TrainPlan, micro_batches
+from megatron_ext.config.plan import ParallelPlan, Precision, TrainPlan, micro_batches
 
 HEADROOM = 0.10  # share of a GPU kept free for what the formulas leave out
 FILES_PER_RANK = 1  # torch's checkpoint writer puts all that a rank saves into one file
@@ -58,7 +58,7 @@ def memory_of_stage(model: ModelConfig, budget: Budget, precision: Precision, pl
     matrices = (model.num_layer_parameters - model.num_layer_norm_parameters) * model.num_layers // (plan.tensor * plan.pipeline)
     return Memory(
         # FP8 keeps BF16 weights, and of each layer's matrices an FP8 copy and its transpose.
-        weights_bytes=_element_bytes(precision) * parameters + (2 * matrices if precision == "fp8" else 0),
+        weights_bytes=element_bytes(precision) * parameters + (2 * matrices if precision == "fp8" else 0),
         gradients_bytes=4 * parameters,  # main gradients are FP32 in every precision
         optimizer_bytes=-(-optimizer_bytes_per_parameter(precision) * parameters // shards),
         activations_bytes=activation_bytes(model, budget, precision, plan, stage),
@@ -66,7 +66,7 @@ def memory_of_stage(model: ModelConfig, budget: Budget, precision: Precision, pl
     )
 
 
-def _element_bytes(precision: Precision) -> int:
+def element_bytes(precision: Precision) -> int:
     return 4 if precision == "fp32" else 2
 
 
@@ -75,7 +75,7 @@ def optimizer_bytes_per_parameter(precision: Precision) -> int:
     return 8 if precision == "fp32" else 12
 
 
-def parameters_per_gpu(model: ModelConfig, plan: TrainPlan, stage: int) -> int:
+def parameters_per_gpu(model: ModelConfig, plan: ParallelPlan, stage: int) -> int:
     """Parameters of a GPU in pipeline stage `stage`.
 
     layers / pipeline x (matrices / t + two norms), the embedding / t on the first stage, the head / t
@@ -105,7 +105,7 @@ def layer_activation_bytes(model: ModelConfig, budget: Budget, precision: Precis
     no flash attention: its softmax keeps 4 s s b heads / t instead. Selective recomputation drops
     attention's statistics or matrix.
     """
-    wide = _element_bytes(precision)
+    wide = element_bytes(precision)
     narrow = 1 if precision == "fp8" else wide
     tokens = plan.micro_batch * budget.sequence_length // plan.context
     residual = tokens * model.hidden_size // (plan.tensor if plan.sequence_parallel else 1)
@@ -144,7 +144,7 @@ def activation_bytes(model: ModelConfig, budget: Budget, precision: Precision, p
     """
     layer = layer_activation_bytes(model, budget, precision, plan)
     tokens = plan.micro_batch * budget.sequence_length // plan.context
-    residual = _element_bytes(precision) * tokens * model.hidden_size // (plan.tensor if plan.sequence_parallel else 1)
+    residual = element_bytes(precision) * tokens * model.hidden_size // (plan.tensor if plan.sequence_parallel else 1)
     count = layers_in_flight(model, budget, plan, stage)
     kept = count * residual + layer if plan.recompute == "full" else count * layer
     return kept + (2 * residual if stage == plan.pipeline - 1 else 0)
@@ -157,13 +157,13 @@ def logit_bytes(model: ModelConfig, budget: Budget, precision: Precision, plan: 
     return per_logit * tokens * model.padded_vocab_size // plan.tensor
 
 
-def checkpoint_bytes(model: ModelConfig, precision: Precision, plan: TrainPlan) -> int:
+def checkpoint_bytes(model: ModelConfig, precision: Precision, plan: ParallelPlan) -> int:
     """One checkpoint: weights, two FP32 moments and, in BF16 or with the distributed optimizer, FP32 master weights."""
     master = 4 if precision != "fp32" or plan.distributed_optimizer else 0
-    return (_element_bytes(precision) + 8 + master) * model.num_parameters
+    return (element_bytes(precision) + 8 + master) * model.num_parameters
 
 
-def files_per_checkpoint(plan: TrainPlan) -> int:
+def files_per_checkpoint(plan: ParallelPlan) -> int:
     """Files of one checkpoint, at most: a rank with little to write leaves one out."""
     return FILES_PER_RANK * plan.num_ranks + FILES_PER_CHECKPOINT
 
@@ -196,10 +196,10 @@ def disk_bytes(model: ModelConfig, budget: Budget, precision: Precision, plan: T
 
 def export_bytes(model: ModelConfig, precision: Precision) -> int:
     """Disk for the weights of one Hugging Face folder."""
-    return _element_bytes(precision) * model.num_parameters
+    return element_bytes(precision) * model.num_parameters
 
 
-def save_host_bytes(model: ModelConfig, precision: Precision, plan: TrainPlan) -> int:
+def save_host_bytes(model: ModelConfig, precision: Precision, plan: ParallelPlan) -> int:
     """Host memory that the ranks of one node need at most for a pinned checkpoint.
 
     Megatron-Core gathers the FP32 weights and moments of its part of the model, P parameters, on every
@@ -209,13 +209,13 @@ def save_host_bytes(model: ModelConfig, precision: Precision, plan: TrainPlan) -
     """
     parameters = max(parameters_per_gpu(model, plan, stage) for stage in {0, plan.pipeline - 1})
     writers = min(plan.ranks_per_node, plan.tensor * plan.pipeline)
-    copies = writers * (_element_bytes(precision) + 12) * parameters if plan.asynchronous_saves else 0
+    copies = writers * (element_bytes(precision) + 12) * parameters if plan.asynchronous_saves else 0
     if not plan.distributed_optimizer:
         return copies
     return plan.ranks_per_node * (12 * parameters + 8 * _largest_bucket(model, plan, parameters)) + copies
 
 
-def _largest_bucket(model: ModelConfig, plan: TrainPlan, parameters: int) -> int:
+def _largest_bucket(model: ModelConfig, plan: ParallelPlan, parameters: int) -> int:
     """Parameters: Megatron-Core cuts buckets on the first of several pipeline stages only, at max(40M, 1M x data), after a whole tensor."""
     if plan.device == "cpu" or plan.pipeline > 1 or plan.virtual_pipeline > 1:
         return parameters

@@ -39,6 +39,11 @@ class RLPlan(ParallelPlan):
             raise ConfigError(f"plan: engine_memory_share is {self.engine_memory_share}, must lie in (0, 1)")
         if self.keep_rollouts_bytes is not None and self.keep_rollouts_bytes < 0:
             raise ConfigError(f"plan: keep_rollouts_bytes is {self.keep_rollouts_bytes}, must not be negative")
+        if self.engine == "vllm" and self.num_ranks > 1:
+            raise ConfigError(
+                f"plan: engine=vllm samples within the trainer's process, beside a single rank, but nodes {self.nodes} x ranks_per_node "
+                f"{self.ranks_per_node} = {self.num_ranks} ranks; use engine=vllm_process, or engine=megatron"
+            )
         if self.context > 1:
             raise ConfigError(f"plan: context {self.context} in reinforcement learning; responses are packed, not split: use context=1")
 

@@ -6,13 +6,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_ext import __version__
 from megatron_ext.config.base import nearest
+from megatron_ext.config.plan import Device
+from megatron_ext.config.tasks import TemplateName
 from megatron_ext.launch.ranks import Permissions
 from megatron_ext.launch.verbs import RUN_VERBS
 
+TEMPLATES = ("none", *get_args(TemplateName))
 DEFAULT_PROMPT = "The sum of the first ten odd numbers is"
 
 
@@ -26,6 +29,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"no verb 'convert {given[1]}'{nearest(' '.join(given[:2]), [verb for verb in verbs if ' ' in verb])}")
     arguments, rest = parser.parse_known_args(given)
     arguments.overrides = rest
+    if arguments.verb == "generate":
+        arguments.template = None if arguments.template == "none" else arguments.template
     if rest and ("recipe" not in arguments or any(word.startswith("-") for word in rest)):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     return arguments
@@ -34,13 +39,15 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 def command_parser() -> tuple[argparse.ArgumentParser, Sequence[str]]:
     """The whole parser, and the verbs that it knows. What it does not know of `launch` and `plan` are overrides."""
     parser = argparse.ArgumentParser(
-        prog="megatron-ext", description="OctoThinker's mid-training, from raw text to report, on Megatron-Core."
+        prog="megatron-ext", description="OctoThinker's mid-training and reinforcement learning, from raw text to report, on Megatron-Core."
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_recipe_verbs(verbs)
     _add_looking_verbs(verbs)
     _add_checkpoint_verbs(verbs)
+    _add_generate(verbs)
+    _add_replay(verbs)
     _add_conversion_verbs(verbs)
     for name, row in RUN_VERBS.items():
         verb = _add(verbs, name, row.text, "RUN [options]")
@@ -67,7 +74,7 @@ def _add_recipe_verbs(verbs: Any) -> None:
     for verb in (launch, doctor):
         verb.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go (default: runs)")
     _add_permissions(launch)
-    plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.add_argument("--json", action="store_true", dest="as_json", help="as JSON")
     doctor.add_argument("--deep", action="store_true", help="build the real model, optimizer and checkpoint plan, without memory or GPUs")
     doctor.add_argument("--rank", type=int, metavar="N", help="the rank that --deep builds (default: first, middle and last)")
     doctor.add_argument("--stage", metavar="NAME", help="the stage that --deep builds (default: all that differ)")
@@ -95,6 +102,33 @@ def _add_checkpoint_verbs(verbs: Any) -> None:
     gc.add_argument("runs", type=Path, metavar="RUNS", help="a run folder, or a folder of them")
     gc.add_argument("--dry-run", action="store_true", help="say what would be done and why; touch nothing")
     gc.add_argument("--thin", action="store_true", help="also remove the optimizer state of pinned checkpoints that nothing branches from")
+
+
+def _add_generate(verbs: Any) -> None:
+    text = "what a checkpoint says to a prompt"
+    verb = _add(verbs, "generate", text, "CKPT --prompt TEXT [options]")
+    verb.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint folder, or a run folder for its newest")
+    verb.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from, or with a template the question")
+    verb.add_argument("--template", choices=TEMPLATES, default="none", help="how the question is put (default: none, as it is)")
+    verb.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of a response, at most (default: 256)")
+    verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest token, always (default); the paper: 1")
+    verb.add_argument("--top-p", type=float, default=1.0, metavar="P", help="the fewest likeliest tokens that hold this much (default: 1)")
+    verb.add_argument("--top-k", type=int, metavar="K", help="the K likeliest tokens (default: all)")
+    verb.add_argument("--samples", type=int, default=1, metavar="N", help="responses, each with a stream of its own (default: 1)")
+    verb.add_argument("--seed", type=int, default=1, metavar="S", help="the same words with the same seed say the same (default: 1)")
+    verb.add_argument("--bos", action="store_true", help="begin with the tokenizer's BOS, where the documents of the training did")
+    verb.add_argument("--device", choices=get_args(Device), default="cpu", help="where the model runs (default: cpu)")
+
+
+def _add_replay(verbs: Any) -> None:
+    text = "compute a reinforcement learning step again from its recorded rollouts, as it was or with changes"
+    verb = _add(verbs, "replay", text, "RUN --step N [--set key=value ...] [--json]")
+    verb.add_argument("run", type=Path, metavar="RUN", help="the run folder of an rl stage")
+    verb.add_argument("--step", type=int, required=True, metavar="N", help="the rollout step; the first is 1. Nothing is written")
+    verb.add_argument(
+        "--set", action="append", default=[], dest="changes", metavar="key=value", help="what if: objective.clip_high=0.28; may be repeated"
+    )
+    verb.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _add_conversion_verbs(verbs: Any) -> None:

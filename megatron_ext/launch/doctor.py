@@ -1,13 +1,12 @@
 """`megatron-ext doctor`: all that can be known to fail before a GPU is touched, every finding of it. No torch.
 
-The recipe against its own arithmetic and the cluster's facts here; text and tokenizers in
-`doctor_inputs`; models to convert in `doctor_convert`; run folders in `doctor_folders`; this machine in
-`doctor_machine`; the real objects, with --deep, in `doctor_deep`.
+The recipe against its own arithmetic and the cluster's facts here; reinforcement learning in `doctor_rl`, its
+problems in `doctor_problems`; text and tokenizers in `doctor_inputs`; models to convert in `doctor_convert`; run
+folders in `doctor_folders`; this machine in `doctor_machine`; the real objects, with --deep, in `doctor_deep`.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,33 @@ from typing import Any
 from megatron_ext.config.cluster import Cluster
 from megatron_ext.config.memory import HEADROOM, memory, save_host_bytes
 from megatron_ext.config.plan import TrainPlan
-from megatron_ext.config.stages import TrainStage
+from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.errors import ConfigError, LaunchError, MegatronExtError
 from megatron_ext.launch.doctor_convert import convert_findings
 from megatron_ext.launch.doctor_deep import rehearsed
 from megatron_ext.launch.doctor_folders import folder_findings
 from megatron_ext.launch.doctor_inputs import input_findings
 from megatron_ext.launch.doctor_machine import machine_findings
+from megatron_ext.launch.doctor_rl import rl_findings
 from megatron_ext.launch.findings import Finding, error, findings_text, ok, warning
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.load import load_graph
 from megatron_ext.launch.plan import plan_row
+from megatron_ext.launch.plan_rl import rl_row
 from megatron_ext.launch.plan_words import size
 
 HOLDERS = ("weights", "gradients", "optimizer", "activations", "logits")
 HOST_SHARE = 0.8  # of a node's memory that a save may take: data loaders, page cache and the system need the rest
 
 
-def doctor_command(arguments: argparse.Namespace) -> None:
+def doctor_command(
+    recipe: str, overrides: list[str], cluster: str | None, runs: Path, deep: bool, rank: int | None, stage: str | None
+) -> None:
     """Print every finding; `LaunchError` where one of them is an error, `ConfigError` where the recipe itself is one."""
-    if not arguments.deep and (arguments.rank is not None or arguments.stage is not None):
+    if not deep and (rank is not None or stage is not None):
         raise ConfigError("doctor: --rank and --stage say what --deep rehearses; add --deep")
-    graph, cluster = load_graph(arguments.recipe, arguments.overrides, arguments.cluster)
-    deep = rehearsed(graph, arguments.stage, arguments.rank) if arguments.deep else []
-    found = [*examine(graph, cluster, arguments.runs), *deep]
+    graph, facts = load_graph(recipe, overrides, cluster)
+    found = [*examine(graph, facts, runs), *(rehearsed(graph, stage, rank) if deep else [])]
     print(findings_text(found), flush=True)
     if any(one.level == "error" for one in found):
         raise LaunchError(f"doctor: {graph.name} would fail, for the errors listed above")
@@ -46,24 +48,34 @@ def doctor_command(arguments: argparse.Namespace) -> None:
 
 def examine(graph: Graph, cluster: Cluster | None, runs: Path) -> list[Finding]:
     """Everything but --deep."""
-    trained = [stage for stage in graph.stages if isinstance(stage, TrainStage)]
-    found = _plans(graph, trained, cluster)
-    for stage in trained:
-        found += [*_memory(stage, cluster), *_cores(stage, cluster)]
+    found = _plans(graph, cluster)
+    for stage in graph.stages:
+        if isinstance(stage, TrainStage):
+            found += [*_memory(stage, cluster), *_cores(stage, cluster)]
+        if isinstance(stage, TrainStage | RLStage):
+            found += _host_memory(stage, cluster)
+    found += rl_findings(graph, cluster)
     found += [*folder_findings(graph, runs / graph.name), *input_findings(graph), *convert_findings(graph, runs / graph.name)]
     return [*found, *machine_findings(graph, runs)]
 
 
-def _plans(graph: Graph, trained: list[TrainStage], cluster: Cluster | None) -> list[Finding]:
+def _plans(graph: Graph, cluster: Cluster | None) -> list[Finding]:
     """Parallel sizes, batch, mixture and epochs, joints and pins: whatever the plan's arithmetic refuses."""
     found = []
-    for stage in trained:
+    for stage in graph.stages:
+        if not isinstance(stage, TrainStage | RLStage):
+            continue
         try:
-            row = plan_row(graph, stage, cluster)
+            if isinstance(stage, RLStage):
+                rl_row(graph, stage, cluster)
+                fits = "lengths, layout and start fit together"
+            else:
+                plan_row(graph, stage, cluster)
+                fits = "batch, start and sources fit together"
         except MegatronExtError as refusal:
             found.append(error("plan", str(refusal), stage=stage.name))
         else:
-            found.append(ok("plan", f"{row['parallel']['ranks']:,} ranks; batch, start and sources fit together", stage.name))
+            found.append(ok("plan", f"{stage.plan.num_ranks:,} ranks; {fits}", stage.name))
     return found
 
 
@@ -78,9 +90,8 @@ def _memory(stage: TrainStage, cluster: Cluster | None) -> list[Finding]:
         return [warning(what, f"{text}; no cluster is named to compare it with", "add --cluster NAME", stage.name)]
     text += f", of {size(cluster.gpu_memory_bytes)}"
     if parts.fits(cluster.gpu_memory_bytes):
-        return [ok(what, text, stage.name), *_host_memory(stage, cluster)]
-    found = error(what, f"{text}, of which {HEADROOM:.0%} should stay free", _smaller(stage, cluster), stage.name)
-    return [found, *_host_memory(stage, cluster)]
+        return [ok(what, text, stage.name)]
+    return [error(what, f"{text}, of which {HEADROOM:.0%} should stay free", _smaller(stage, cluster), stage.name)]
 
 
 def _smaller(stage: TrainStage, cluster: Cluster) -> str:
@@ -105,8 +116,10 @@ def _milder(plan: TrainPlan) -> list[dict[str, Any]]:
     return [*single, *recompute, *wider, *deeper, *full, *both]
 
 
-def _host_memory(stage: TrainStage, cluster: Cluster) -> list[Finding]:
+def _host_memory(stage: TrainStage | RLStage, cluster: Cluster | None) -> list[Finding]:
     """A pinned save gathers the optimizer's state on the host of every rank: a node's memory must hold that."""
+    if cluster is None or stage.plan.device == "cpu":
+        return []
     need = save_host_bytes(stage.model, stage.precision, stage.plan)
     text = f"saves take up to {size(need)} of a node's {size(cluster.memory_bytes_per_node)}"
     if need <= HOST_SHARE * cluster.memory_bytes_per_node:

@@ -22,7 +22,7 @@ from megatron_ext.config.model_source import (
     read_source,
     weight_files,
 )
-from megatron_ext.config.stages import ConvertStage, Scratch, TrainStage
+from megatron_ext.config.stages import ConvertStage, TrainStage, inputs
 from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.launch.doctor_inputs import hugging_face_vocabulary
 from megatron_ext.launch.doctor_weights import weight_problems
@@ -151,9 +151,7 @@ def _weights(stage: ConvertStage, model: ModelConfig, folder: Path) -> list[Find
 
 def _tokenizer(graph: Graph, stage: ConvertStage, folder: Path) -> list[Finding]:
     """Whether the stages that train from this model read text in its ids."""
-    readers = [
-        one for one in graph.stages if isinstance(one, TrainStage) and not isinstance(one.start, Scratch) and one.start.stage == stage.name
-    ]
+    readers = [one for one in graph.stages if isinstance(one, TrainStage) and inputs(one).get("start") == stage.name]
     found = []
     for corpus in {reader.corpus: None for reader in readers}:
         named = graph.stage(corpus).tokenizer

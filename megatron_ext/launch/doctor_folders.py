@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ext.attempts import live_attempt
 from megatron_ext.config.base import to_json
 from megatron_ext.config.plan import LAYOUT_KEYS
-from megatron_ext.config.stages import Branch, TrainStage, Weights, inputs
+from megatron_ext.config.stages import Branch, RLStage, TrainStage, Weights, inputs
 from megatron_ext.errors import DamagedCheckpointError, RunError
 from megatron_ext.launch.findings import Finding, error, ok, warning
 from megatron_ext.launch.graph import Graph
@@ -137,12 +137,12 @@ def _begun(run: Run, stage: Any) -> list[Finding]:
     if owner is not None:
         text = f"{run.path}: {owner.describe()} is at work on it, and a second one is refused"
         found.append(error("run folder", text, "wait for it, or stop it", run.name))
-    if iteration is not None and isinstance(stage, TrainStage):
+    if iteration is not None and isinstance(stage, TrainStage | RLStage):
         found += _resume(run, stage, iteration)
     return found
 
 
-def _resume(run: Run, stage: TrainStage, iteration: int) -> list[Finding]:
+def _resume(run: Run, stage: TrainStage | RLStage, iteration: int) -> list[Finding]:
     """Whether the optimizer state of the newest checkpoint loads under the plan as it is now."""
     manifest = readable_manifest(run, iteration)
     if manifest is None:

@@ -15,7 +15,8 @@ from importlib import metadata
 from pathlib import Path
 
 from megatron_ext.config.memory import checkpoint_bytes, disk_bytes, files_per_checkpoint, kept_checkpoints
-from megatron_ext.config.stages import ConvertStage, TokenizeStage, TrainStage
+from megatron_ext.config.rl_memory import kept_rl_checkpoints, rl_checkpoints_bytes, rollouts_bytes_at_most
+from megatron_ext.config.stages import ConvertStage, RLStage, TokenizeStage, TrainStage
 from megatron_ext.launch.doctor_folders import obstacle
 from megatron_ext.launch.doctor_inputs import known_shard_bytes
 from megatron_ext.launch.findings import Finding, error, ok, warning
@@ -40,14 +41,15 @@ MEND = "free space or quota, mend its permissions, or name another --runs"
 def machine_findings(graph: Graph, runs: Path) -> list[Finding]:
     """Findings on this machine for a graph whose run folders go to `runs`."""
     trained = [stage for stage in graph.stages if isinstance(stage, TrainStage)]
+    with_ranks: list[TrainStage | RLStage] = [stage for stage in graph.stages if isinstance(stage, TrainStage | RLStage)]
     home = _existing(runs / graph.name)
     blocked = obstacle(runs / graph.name)
-    nodes = max((stage.plan.nodes for stage in trained), default=1)
+    nodes = max((stage.plan.nodes for stage in with_ranks), default=1)
     return [
-        *_packages(any(stage.plan.device == "gpu" for stage in trained)),
+        *_packages(any(stage.plan.device == "gpu" for stage in with_ranks)),
         *([error(f"writing to {runs}", f"not possible: {blocked}", MEND)] if blocked else _writing(home, nodes)),
-        *_disk(graph, trained, runs, home),
-        *_limits(trained),
+        *_disk(graph, with_ranks, runs, home),
+        *_limits(with_ranks),
         *_shared_memory(trained),
     ]
 
@@ -121,25 +123,34 @@ def _file_system(folder: Path) -> str | None:
     return max(fitting, key=lambda one: len(one[0]))[1] if fitting else None
 
 
-def _disk(graph: Graph, trained: list[TrainStage], runs: Path, home: Path) -> list[Finding]:
+def _disk(graph: Graph, with_ranks: list[TrainStage | RLStage], runs: Path, home: Path) -> list[Finding]:
     """Checkpoints and shards that unfinished stages will add, and one checkpoint aside, against the free space and inodes."""
-    open_stages = [stage for stage in trained if not (runs / graph.name / stage.name / DONE).is_file()]
+    open_stages = [stage for stage in with_ranks if not (runs / graph.name / stage.name / DONE).is_file()]
     each = [checkpoint_bytes(stage.model, stage.precision, stage.plan) for stage in open_stages]
-    kept = sum(disk_bytes(stage.model, stage.budget, stage.precision, stage.plan) for stage in open_stages)
+    kept = sum(_kept(stage)[1] for stage in open_stages)
     there = sum(_held_bytes(runs / graph.name / stage.name / CHECKPOINTS) for stage in open_stages)
-    shards = _shard_bytes(graph, trained, runs)
-    need = max(0, kept + max(each, default=0) - there) + shards + _converted_bytes(graph, runs)
-    files = sum(kept_checkpoints(stage.budget, stage.plan) * files_per_checkpoint(stage.plan) for stage in open_stages)
+    rollouts = sum(rollouts_bytes_at_most(stage) for stage in open_stages if isinstance(stage, RLStage))
+    shards = _shard_bytes(graph, [stage for stage in with_ranks if isinstance(stage, TrainStage)], runs)
+    need = max(0, kept + max(each, default=0) - there) + rollouts + shards + _converted_bytes(graph, runs)
+    files = sum(_kept(stage)[0] * files_per_checkpoint(stage.plan) for stage in open_stages)
     free = shutil.disk_usage(home).free
     what = f"disk of {home}"
-    parts = "checkpoints that are kept, one aside, converted models, shards of known size"
+    parts = "checkpoints that are kept, one aside, converted models, shards of known size" + (", rollouts at most" if rollouts else "")
     text = f"{size(need)} still to be written ({parts}), {size(free)} free"
     way_out = "make room, name another --runs, lower plan.keep_checkpoints or raise plan.pin_every_tokens"
+    way_out += ", or bound the rollouts with plan.keep_rollouts_bytes" if rollouts else ""
     found = [error(what, text, way_out)] if need > free else [ok(what, f"{text}; a quota may be smaller")]
     inodes = os.statvfs(home)
     if inodes.f_files and files > inodes.f_favail:
         found.append(error(what, f"checkpoints are {files:,} files, {inodes.f_favail:,} inodes are free", way_out))
     return found
+
+
+def _kept(stage: TrainStage | RLStage) -> tuple[int, int]:
+    """Checkpoints that a finished stage leaves, and bytes of them and of its exports."""
+    if isinstance(stage, RLStage):
+        return kept_rl_checkpoints(stage), rl_checkpoints_bytes(stage)
+    return kept_checkpoints(stage.budget, stage.plan), disk_bytes(stage.model, stage.budget, stage.precision, stage.plan)
 
 
 def _held_bytes(folder: Path) -> int:
@@ -160,9 +171,9 @@ def _converted_bytes(graph: Graph, runs: Path) -> int:
     return sum(converted_bytes(stage.model) for stage in stages)
 
 
-def _limits(trained: list[TrainStage]) -> list[Finding]:
+def _limits(with_ranks: list[TrainStage | RLStage]) -> list[Finding]:
     """Open files, and memory that may be locked, of this shell."""
-    ranks = max((stage.plan.num_ranks for stage in trained), default=1)
+    ranks = max((stage.plan.num_ranks for stage in with_ranks), default=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = FILES_OF_A_RANK + CONNECTIONS_PER_RANK * ranks
     what, text = "open files", f"this shell allows {_limit(soft)} a process; rank 0 of {ranks} may need {need:,}"
@@ -171,7 +182,7 @@ def _limits(trained: list[TrainStage]) -> list[Finding]:
     else:
         found = [ok(what, text)]
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if any(stage.plan.nodes > 1 for stage in trained) and locked != resource.RLIM_INFINITY and locked < LOCK_BYTES:
+    if any(stage.plan.nodes > 1 for stage in with_ranks) and locked != resource.RLIM_INFINITY and locked < LOCK_BYTES:
         text = f"this shell allows {size(locked)} a process, and InfiniBand between nodes registers more"
         found.append(
             warning("locked memory", text, "ulimit -l unlimited before you submit, or PropagateResourceLimitsExcept=MEMLOCK in Slurm")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_ext.config.base import config, from_json, nearest, override
-from megatron_ext.config.stages import Branch, Stage, TrainStage, Weights, inputs
+from megatron_ext.config.stages import Branch, RLStage, Stage, TrainStage, Weights, inputs
 from megatron_ext.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ class Graph:
                         f"graph {self.name}: stage '{stage.name}' reads '{parent}' as its {role}, "
                         f"but no earlier stage has that name{nearest(parent, list(seen))}"
                     )
-            if isinstance(stage, TrainStage) and isinstance(stage.start, Weights | Branch):
+            if isinstance(stage, TrainStage | RLStage) and isinstance(stage.start, Weights | Branch):
                 _check_start(self.name, stage, seen[stage.start.stage])
             seen[stage.name] = stage
 
@@ -44,13 +44,18 @@ class Graph:
         return [(parent, s.name, role) for s in self.stages for role, parent in inputs(s).items()]
 
 
-def _check_start(graph: str, stage: TrainStage, parent: Any) -> None:
+def _check_start(graph: str, stage: TrainStage | RLStage, parent: Any) -> None:
     start = stage.start
     where = f"graph {graph}: stage '{stage.name}'"
     if parent.kind == "convert" and isinstance(start, Branch):
         raise ConfigError(f"{where} branches from '{parent.name}', a converted model without optimizer state; start it with Weights(...)")
-    if parent.kind not in ("train", "convert"):
+    if parent.kind not in ("train", "convert", "rl"):
         raise ConfigError(f"{where} starts from '{parent.name}', a {parent.kind} stage, which has no checkpoints")
+    if parent.kind == "rl" and stage.kind != "rl":
+        raise ConfigError(
+            f"{where} starts from '{parent.name}', whose weights come from reinforcement learning: a {stage.kind} stage starts from "
+            f"a train or convert stage, an rl stage from any of the three"
+        )
     if parent.model != stage.model:
         raise ConfigError(
             f"{where} holds model {stage.model.name}, but its start '{parent.name}' holds {parent.model.name}, and they differ"
@@ -58,6 +63,11 @@ def _check_start(graph: str, stage: TrainStage, parent: Any) -> None:
     if isinstance(start, Weights | Branch) and start.tokens is not None:
         if parent.kind == "convert":
             raise ConfigError(f"{where}: tokens={start.tokens:,} of '{parent.name}', a converted model; leave tokens out")
+        if parent.kind == "rl":
+            raise ConfigError(
+                f"{where}: tokens={start.tokens:,} of '{parent.name}', which counts rollout steps and is started from at its last alone; "
+                f"leave tokens out, or end '{parent.name}' where you want to start"
+            )
         if start.tokens < 1:
             raise ConfigError(f"{where}: tokens=0 of '{parent.name}', where nothing is saved; start where '{parent.name}' itself starts")
         parent.budget.step_at(start.tokens)

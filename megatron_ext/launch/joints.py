@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.config.schedule import learning_rate
-from megatron_ext.config.stages import Branch, TrainStage, Weights
+from megatron_ext.config.stages import Branch, RLStage, TrainStage, Weights
 from megatron_ext.errors import CheckpointError, DamagedCheckpointError, RunError
 from megatron_ext.provenance import MANIFEST, Manifest, file_sha256, read_manifest
 from megatron_ext.runs import CHECKPOINTS, RECIPE, Run, open_run
@@ -22,7 +22,7 @@ class Joint:
     stage: str  # the parent
     folder: Path  # the parent's run folder
     is_last: bool  # asked for as the parent's last, and not recorded yet
-    tokens: int | None  # of the parent stage; None where its folder does not say
+    tokens: int | None  # of the parent stage, sampled ones of reinforcement learning; None where its folder does not say
     rate_before: float | None  # of the parent's last step before the joint
     rate_after: float  # of the first step after it
     iteration: int | None = None  # of the parent's checkpoint, where recorded
@@ -40,7 +40,7 @@ def joint_of(run: Run, manifest: Manifest | None) -> Joint | None:
     if not isinstance(start, Weights | Branch):
         return None
     folder = run.inputs["start"]
-    after = learning_rate(run.stage.schedule, 0, run.stage.budget.tokens)
+    after = first_rate(run.stage)
     if manifest is not None and manifest.parent is not None:
         old = manifest.parent
         rate = old.learning_rate if old.iteration else None  # a converted model was not trained here
@@ -50,7 +50,16 @@ def joint_of(run: Run, manifest: Manifest | None) -> Joint | None:
     if isinstance(parent, TrainStage):
         tokens = parent.budget.tokens if tokens is None else tokens
         before = learning_rate(parent.schedule, tokens - parent.budget.tokens_per_batch, parent.budget.tokens)
+    elif isinstance(parent, RLStage):
+        before = parent.learning_rate
     return Joint(start.kind, start.stage, folder, start.tokens is None, tokens, before, after)
+
+
+def first_rate(stage: TrainStage | RLStage) -> float:
+    """The learning rate of a stage's first step, or where that rises from 0 step by step, the rate that it rises to."""
+    if isinstance(stage, RLStage):
+        return stage.learning_rate
+    return learning_rate(stage.schedule, 0, stage.budget.tokens)
 
 
 def rate_words(joint: Joint) -> str:

@@ -18,13 +18,15 @@ from megatron_ext.attempts import Attempt
 from megatron_ext.config.base import Json
 from megatron_ext.config.cluster import Cluster
 from megatron_ext.config.memory import export_steps
-from megatron_ext.config.stages import TrainStage, inputs
+from megatron_ext.config.stages import RLStage, TrainStage, inputs
 from megatron_ext.errors import LaunchError, RunError
 from megatron_ext.launch.doctor_folders import changed_parent, obstacle, start_problem
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.plan import plan_rows
+from megatron_ext.launch.plan_rl import rl_rows
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions, thread_environment
 from megatron_ext.launch.tree import columns, progress
+from megatron_ext.launch.tree_rl import accuracy_words
 from megatron_ext.launch.verbs import RUN_VERBS, check_code
 from megatron_ext.runs import (
     ATTEMPTS,
@@ -57,7 +59,8 @@ def launch_local(graph: Graph, runs_dir: Path, cluster: Cluster | None, permissi
     Later: `LaunchError` where a stage fails.
     """
     folder = runs_dir / graph.name
-    plan_rows(graph, cluster)  # refuses what could not run as planned
+    plan_rows(graph, cluster)  # these refuse what could not run as planned
+    rl_rows(graph, cluster)
     _check_place(folder)
     _check_folders(graph, folder)
     if not permissions.other_code:
@@ -84,9 +87,14 @@ def _anew(run: Run) -> str:
 
 def _missing_exports(run: Run, stage: Any) -> list[str]:
     """Names of the exports that a done stage's plan asks for and that its folder lacks."""
-    steps = export_steps(stage.budget, stage.plan) if isinstance(stage, TrainStage) else ()
-    names = [iteration_path(run.path / EXPORTS, step).name for step in steps]
+    names = [iteration_path(run.path / EXPORTS, step).name for step in _exported_steps(stage)]
     return [name for name in names if not (run.path / EXPORTS / name).exists()]
+
+
+def _exported_steps(stage: Any) -> tuple[int, ...]:
+    if isinstance(stage, RLStage):
+        return (stage.steps,) if stage.plan.export_last else ()
+    return export_steps(stage.budget, stage.plan) if isinstance(stage, TrainStage) else ()
 
 
 def _export(run: Run, name: str) -> str:
@@ -252,11 +260,13 @@ def _tail(path: Path) -> list[str]:
 
 def summary_text(runs: list[Run]) -> str:
     """A table of the finished stages, and where the report is."""
-    rows = [["stage", "kind", "state", "seconds", "tokens", "final loss"]]
+    rows = [["stage", "kind", "state", "seconds", "tokens", "final loss", "accuracy"]]
     for run in runs:
         come = progress(run)
         loss = "" if come.loss is None else f"{come.loss:.4f}"
-        rows.append([run.name, run.stage.kind, come.state, f"{_seconds(run):.0f}", "" if come.tokens is None else f"{come.tokens:,}", loss])
+        tokens = "" if come.tokens is None else f"{come.tokens:,}"
+        learnt = accuracy_words(run) if run.stage.kind == "rl" else ""
+        rows.append([run.name, run.stage.kind, come.state, f"{_seconds(run):.0f}", tokens, loss, learnt])
     pages = [page for run in runs if run.stage.kind == "report" and (page := run.path / "index.html").is_file()]
     return "\n".join(["", *columns(rows), *(f"report: {os.path.relpath(page)}" for page in pages)])
 

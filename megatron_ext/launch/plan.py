@@ -23,10 +23,13 @@ from megatron_ext.config.memory import (
 from megatron_ext.config.mixture import Draw, draws
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.plan import micro_batches
-from megatron_ext.config.schedule import learning_rate
-from megatron_ext.config.stages import Branch, ConvertStage, Scratch, TokenizeStage, TrainStage, Weights, inputs
-from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.config.stages import Branch, ConvertStage, RLStage, Scratch, TokenizeStage, TrainStage, Weights, inputs
+from megatron_ext.errors import DataError
 from megatron_ext.launch.graph import Graph
+from megatron_ext.launch.load import load_graph
+from megatron_ext.launch.plan_rl import check_gpus, rl_rows
+from megatron_ext.launch.plan_rl_words import rl_lines
+from megatron_ext.launch.plan_starts import joint_rates, lineage_tokens, rate, start_of
 from megatron_ext.launch.plan_words import cluster_words, convert_lines, count, size, stage_lines
 
 UNKNOWN_TOKENS = 2**62  # stands in for a source whose size nobody has stated: no mixture uses it up
@@ -70,12 +73,8 @@ def converted_bytes(model: ModelConfig) -> int:
 def plan_row(graph: Graph, stage: TrainStage, cluster: Cluster | None) -> Json:
     """The row of one training stage; raises as `plan_rows` does."""
     budget, plan = stage.budget, stage.plan
-    if cluster and plan.device == "gpu" and plan.ranks_per_node > cluster.gpus_per_node:
-        raise ConfigError(
-            f"stage {stage.name}: plan.ranks_per_node {plan.ranks_per_node} exceeds the {cluster.gpus_per_node} GPUs of a node of "
-            f"{cluster.name}; lower it and raise plan.nodes"
-        )
-    start, joint = _start(graph, stage)
+    check_gpus(stage, cluster)
+    start = start_of(graph, stage)
     return {
         "stage": stage.name,
         "start": start,
@@ -84,12 +83,12 @@ def plan_row(graph: Graph, stage: TrainStage, cluster: Cluster | None) -> Json:
         "tokens_per_step": budget.tokens_per_batch,
         "sequences_per_step": budget.sequences_per_batch,
         "sequence_length": budget.sequence_length,
-        "lineage_tokens": _lineage_tokens(graph, stage, None),
+        "lineage_tokens": lineage_tokens(graph, stage, None),
         "shape": stage.schedule.shape,
         "warmup_tokens": stage.schedule.warmup_tokens,
-        "first_learning_rate": _rate(stage, 0),
-        "last_learning_rate": _rate(stage, budget.steps - 1),
-        "joint": joint,
+        "first_learning_rate": rate(stage, 0),
+        "last_learning_rate": rate(stage, budget.steps - 1),
+        "joint": joint_rates(graph, stage, start),
         "sources": _sources(graph, stage),
         "precision": stage.precision,
         "parameters": stage.model.num_parameters,
@@ -107,41 +106,6 @@ def plan_row(graph: Graph, stage: TrainStage, cluster: Cluster | None) -> Json:
             "files_at_most": kept_checkpoints(budget, plan) * files_per_checkpoint(plan),
         },
     }
-
-
-def _rate(stage: TrainStage, step: int) -> float:
-    return learning_rate(stage.schedule, stage.budget.tokens_before(step), stage.budget.tokens)
-
-
-def _start(graph: Graph, stage: TrainStage) -> tuple[Json, Json | None]:
-    """Where the first weights come from, and the learning rates on both sides of that joint."""
-    if isinstance(stage.start, Scratch):
-        return {"kind": "scratch", "stage": None, "tokens": None}, None
-    parent = graph.stage(stage.start.stage)
-    if isinstance(parent, ConvertStage):
-        return {"kind": stage.start.kind, "stage": parent.name, "tokens": None}, None
-    tokens = parent.budget.tokens if stage.start.tokens is None else stage.start.tokens
-    step = parent.budget.step_at(tokens)
-    kept = pinned_steps(parent.budget, parent.plan)
-    if step not in kept:
-        near = min(kept, key=lambda k: abs(k - step))
-        raise ConfigError(
-            f"stage {stage.name}: starts from '{parent.name}' at step {step:,} ({tokens:,} tokens), a checkpoint that may be removed "
-            f"before it is read: pinned are the last and those nearest to multiples of plan.pin_every_tokens = "
-            f"{parent.plan.pin_every_tokens:,}. Start at {parent.budget.tokens_before(near):,} tokens, or set "
-            f"{parent.name}.plan.pin_every_tokens={tokens}"
-        )
-    joint = {"parent_step": step, "before": _rate(parent, step - 1), "after": _rate(stage, 0), "peak": stage.schedule.peak}
-    return {"kind": stage.start.kind, "stage": parent.name, "tokens": tokens}, joint
-
-
-def _lineage_tokens(graph: Graph, stage: TrainStage, tokens: int | None) -> int:
-    """Tokens since scratch or conversion, at `tokens` of `stage` (None: its end)."""
-    here = stage.budget.tokens if tokens is None else tokens
-    if isinstance(stage.start, Scratch):
-        return here
-    parent = graph.stage(stage.start.stage)
-    return here if isinstance(parent, ConvertStage) else here + _lineage_tokens(graph, parent, stage.start.tokens)
 
 
 def _drawn(graph: Graph, stage: TrainStage, tokens: int | None) -> dict[str, int]:
@@ -252,7 +216,7 @@ def _edges(stage: Any) -> str:
     match stage:
         case TrainStage(start=Scratch()):
             words.insert(0, "from random weights")
-        case TrainStage(start=Weights() | Branch() as start):
+        case TrainStage(start=Weights() | Branch() as start) | RLStage(start=start):
             at = "" if start.tokens is None else f" at {count(start.tokens)} tokens"
             words.insert(0, f"{start.kind} of {start.stage}{at}")
         case ConvertStage():
@@ -263,20 +227,36 @@ def _edges(stage: Any) -> str:
 
 
 def plan_json(graph: Graph, cluster: Cluster | None = None) -> str:
-    """The plan for programs: JSON text of `convert_rows` and `plan_rows` under the names of graph and cluster."""
+    """The plan for programs: JSON text of `convert_rows`, `plan_rows` and `rl_rows` under the names of graph and cluster."""
     named = {"graph": graph.name, "cluster": cluster.name if cluster else None}
-    values = {**named, "conversions": convert_rows(graph), "stages": plan_rows(graph, cluster)}
+    values = {**named, "conversions": convert_rows(graph), "stages": plan_rows(graph, cluster), "rl": rl_rows(graph, cluster)}
     return json.dumps(values, indent=2)
 
 
 def plan_text(graph: Graph, cluster: Cluster | None = None) -> str:
-    """The plan for people: the graph as a tree, then one block per Convert and training stage, then the sums."""
-    converted, rows = convert_rows(graph), plan_rows(graph, cluster)
+    """The plan for people: the graph as a tree, then one block per stage that converts, trains or learns by reward, then the sums."""
+    converted, trained, learnt = convert_rows(graph), plan_rows(graph, cluster), rl_rows(graph, cluster)
     lines = [f"{graph.name}, {cluster_words(cluster)}", "", *graph_lines(graph), ""]
-    for block in [*(convert_lines(row) for row in converted), *(stage_lines(row) for row in rows)]:
+    blocks = [*(convert_lines(row) for row in converted), *(stage_lines(row) for row in trained), *(rl_lines(row) for row in learnt)]
+    for block in blocks:
         lines += [*block, ""]
-    hours = [row["compute"]["gpu_hours"] for row in rows]
-    disk = sum(row["checkpoints"]["disk_bytes"] for row in rows) + sum(row["disk_bytes"] for row in converted)
-    total = f"in all: {count(sum(row['tokens'] for row in rows))} tokens, {size(disk)} of checkpoints"
-    lines.append(total + (f", {sum(hours):,.0f} GPU-hours" if hours and None not in hours else ""))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, _sums(converted, trained, learnt)]) + "\n"
+
+
+def _sums(converted: list[Json], trained: list[Json], learnt: list[Json]) -> str:
+    disk = sum(row["checkpoints"]["disk_bytes"] for row in [*trained, *learnt]) + sum(row["disk_bytes"] for row in converted)
+    words = [f"{count(sum(row['tokens'] for row in trained))} tokens"] if trained else []
+    words.append(f"{size(disk)} of checkpoints")
+    hours = [row["compute"]["gpu_hours"] for row in trained]
+    if hours and None not in hours:
+        words.append(f"{sum(hours):,.0f} GPU-hours" + (" of training" if learnt else ""))
+    if learnt:
+        rollouts = size(sum(row["rollouts_bytes_at_most"] for row in learnt))
+        words.append(f"{sum(row['updates'] for row in learnt):,} updates of reinforcement learning, whose records take {rollouts} at most")
+    return "in all: " + ", ".join(words)
+
+
+def plan_command(recipe: str, overrides: list[str], cluster: str | None, as_json: bool) -> None:
+    """Print what a recipe costs."""
+    graph, facts = load_graph(recipe, overrides, cluster)
+    print(plan_json(graph, facts) if as_json else plan_text(graph, facts))

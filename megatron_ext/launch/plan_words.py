@@ -30,7 +30,7 @@ def stage_lines(row: Json) -> list[str]:
         "ranks": _parallel_words(row["parallel"], row["precision"]),
         "memory": _memory_words(row["memory"]),
         "compute": _compute_words(row),
-        "disk": _disk_words(row["checkpoints"]),
+        "disk": checkpoint_words(row["checkpoints"]),
     }
     return [row["stage"], *(f"  {name:<8} {text}" for name, text in facts.items()), *(f"  {line}" for line in _table(row["sources"]))]
 
@@ -76,42 +76,49 @@ def _start_words(row: Json) -> str:
     optimizer = "with its optimizer" if start["kind"] == "branch" else "fresh optimizer"
     change = "level" if joint["after"] == joint["before"] else f"x {joint['after'] / joint['before']:.3g}"
     peak = "the peak" if joint["after"] == joint["peak"] else f"the peak is {joint['peak']:.4g}"
-    where = f"{start['kind']} of {start['stage']} at {count(start['tokens'])} tokens (step {joint['parent_step']:,}), {optimizer}"
+    where = f"{start['kind']} of {start['stage']} at {count(start['tokens'])} tokens (step {start['step']:,}), {optimizer}"
     return f"{where}; rate before the joint {joint['before']:.4g}, at the first step {joint['after']:.4g} ({change}; {peak})"
 
 
 def _parallel_words(p: Json, precision: str) -> str:
     unit = "GPU" if p["device"] == "gpu" else "CPU rank"
     return (
-        f"{_many(p['ranks'], unit)} on {_many(p['nodes'], 'node')}, {precision}: tensor {p['tensor']} x pipeline {p['pipeline']} x "
+        f"{many(p['ranks'], unit)} on {many(p['nodes'], 'node')}, {precision}: tensor {p['tensor']} x pipeline {p['pipeline']} x "
         f"context {p['context']} x data {p['data']} (the batch feeds at most {p['largest_data']}); "
-        f"{_many(p['micro_batches'], 'micro-batch')} of {_many(p['micro_batch'], 'sequence')} a step"
+        f"{many(p['micro_batches'], 'micro-batch')} of {many(p['micro_batch'], 'sequence')} a step"
     )
 
 
-def _many(number: int, noun: str) -> str:
+def many(number: int, noun: str) -> str:
+    """'1 step', '2 steps', '3 batches'."""
     return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("ch") else "s")
 
 
 def _memory_words(m: Json) -> str:
     parts = ", ".join(f"{name} {size(m[f'{name}_bytes'])}" for name in ("weights", "gradients", "optimizer", "activations", "logits"))
     total = f"{size(m['total_bytes'])} a rank ({parts})"
+    return total + fit_words(m)
+
+
+def fit_words(m: Json) -> str:
+    """Whether what a rank holds fits a GPU; '' where no GPU is named."""
     if m["fits"] is None:
-        return total
-    return f"{total}; fits in {size(m['gpu_memory_bytes'])} with {HEADROOM:.0%} to spare: {'yes' if m['fits'] else 'NO'}"
+        return ""
+    return f"; fits in {size(m['gpu_memory_bytes'])} with {HEADROOM:.0%} to spare: {'yes' if m['fits'] else 'NO'}"
 
 
 def _compute_words(row: Json) -> str:
     c = row["compute"]
     if c["gpu_hours"] is None:
         return f"{c['flops']:.3g} FLOPs"
-    gpus = _many(row["parallel"]["ranks"], "GPU")
+    gpus = many(row["parallel"]["ranks"], "GPU")
     return f"{c['flops']:.3g} FLOPs, {c['gpu_hours']:,.0f} GPU-hours, {c['wall_seconds'] / 3600:,.1f} hours on {gpus}"
 
 
-def _disk_words(c: Json) -> str:
-    checkpoints = _many(c["kept"], "checkpoint")
-    exports = f" + {_many(len(c['export_steps']), 'export')} x {size(c['bytes_each_export'])}" if c["export_steps"] else ""
+def checkpoint_words(c: Json) -> str:
+    """Number and size of the checkpoints and exports that a stage leaves."""
+    checkpoints = many(c["kept"], "checkpoint")
+    exports = f" + {many(len(c['export_steps']), 'export')} x {size(c['bytes_each_export'])}" if c["export_steps"] else ""
     return f"{checkpoints} x {size(c['bytes_each'])}{exports} = {size(c['disk_bytes'])}, at most {c['files_each_at_most']} files each"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.attempts import TAKE_OVER
-from megatron_ext.config.plan import TrainPlan
+from megatron_ext.config.plan import ParallelPlan
 from megatron_ext.errors import LaunchError
 from megatron_ext.runs import Run
 
@@ -37,7 +37,7 @@ NO_PERMISSIONS = Permissions()
 
 def thread_environment(stage: Any) -> dict[str, str]:
     """The variables that pin the threads of one rank; libraries read them once, when they are first imported."""
-    threads = stage.plan.threads_per_rank if isinstance(stage.plan, TrainPlan) else 1
+    threads = stage.plan.threads_per_rank if isinstance(stage.plan, ParallelPlan) else 1
     return dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
@@ -69,7 +69,7 @@ def become_ranks(run: Run, num_ranks: int | None = None, permissions: Permission
     if permissions.take_over:
         os.environ[TAKE_OVER] = "1"
     if num_ranks is None:
-        num_ranks = run.stage.plan.num_ranks if isinstance(run.stage.plan, TrainPlan) else 1
+        num_ranks = run.stage.plan.num_ranks if isinstance(run.stage.plan, ParallelPlan) else 1
     if num_ranks > 1 and not is_a_rank():
         command = torchrun_command(run, permissions, words)
         sys.stdout.flush()

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.attempts import EXIT, FALLBACK, RECORD, Attempt, live_attempt
-from megatron_ext.config.stages import TrainStage
+from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.errors import RunError
 from megatron_ext.launch.joints import joint_of, parent_change, rate_words, readable_manifest
+from megatron_ext.launch.tree_rl import accuracy_words, step_words
 from megatron_ext.launch.verbs import attempt_codes
 from megatron_ext.metrics import read_metrics
 from megatron_ext.provenance import Manifest, read_corpus
@@ -38,7 +39,7 @@ class Progress:
     """How far a run has come, read from its folder alone."""
 
     state: str
-    tokens: int | None = None  # trained on by a training stage, held for training by a corpus
+    tokens: int | None = None  # trained on by a training stage, sampled by an rl stage, held for training by a corpus
     lineage_tokens: int | None = None
     loss: float | None = None
     iteration: int | None = None  # of the newest checkpoint
@@ -71,7 +72,7 @@ def _graph_text(folder: Path, runs: list[Run]) -> str:
     runs = _in_order(runs)
     children = _children(runs)
     by_path = {run.path: run for run in runs}
-    trained = [run for run in runs if run.stage.kind == "train" or run.path in children]
+    trained = [run for run in runs if run.stage.kind in ("train", "rl") or run.path in children]
     below = {path for members in children.values() for path in members}
     roots = [run for run in trained if run.path not in below]
     paths = {run.path for run in trained}
@@ -136,7 +137,7 @@ def _branches(run: Run, children: dict[Path, list[Path]], by_path: dict[Path, Ru
 
 def progress(run: Run) -> Progress:
     """State, tokens, last loss and newest checkpoint of a run."""
-    records = read_metrics(run.metrics_path, "train")
+    records = read_metrics(run.metrics_path, "rl" if run.stage.kind == "rl" else "train")
     last: dict[str, Any] = records[-1] if records else {}
     iteration, damage = newest(run.checkpoints_path)
     return Progress(
@@ -191,7 +192,7 @@ def _cells(run: Run, done: Progress) -> list[str]:
         done.state,
         _tokens(run, done),
         "" if done.lineage_tokens is None else f"lineage {done.lineage_tokens:,}",
-        "" if done.loss is None else f"loss {done.loss:.4f}",
+        _result(run, done),
         checkpoint,
         _start(run, done.manifest),
     ]
@@ -200,7 +201,16 @@ def _cells(run: Run, done: Progress) -> list[str]:
 def _tokens(run: Run, done: Progress) -> str:
     if isinstance(run.stage, TrainStage):
         return f"tokens {done.tokens or 0:,} of {run.stage.budget.tokens:,}"
+    if isinstance(run.stage, RLStage):
+        return step_words(run)
     return "" if done.tokens is None else f"tokens {done.tokens:,}"
+
+
+def _result(run: Run, done: Progress) -> str:
+    """The last loss; of reinforcement learning, whose loss says nothing, the first and last accuracies."""
+    if isinstance(run.stage, RLStage):
+        return accuracy_words(run)
+    return "" if done.loss is None else f"loss {done.loss:.4f}"
 
 
 def _start(run: Run, manifest: Manifest | None) -> str:
@@ -222,12 +232,14 @@ def notes(run: Run, done: Progress) -> list[str]:
 
 def _kept_words(run: Run) -> str:
     """Pinned checkpoints besides the last, those without optimizer state, and Hugging Face folders."""
+    exports = sorted(int(path.name.removeprefix("iter_")) for path in (run.path / EXPORTS).glob("iter_*"))
+    if isinstance(run.stage, RLStage) and exports:
+        return f"exported at step {', '.join(f'{step:,}' for step in exports)}"
     if not isinstance(run.stage, TrainStage):
         return ""
     kept = [manifest for i in published(run.checkpoints_path) if (manifest := readable_manifest(run, i))]
     pinned = [f"{m.tokens:,}" for m in kept if m.pinned and m.tokens < run.stage.budget.tokens]
     thinned = [f"{m.tokens:,}" for m in kept if m.thinned_from]
-    exports = sorted(int(path.name.removeprefix("iter_")) for path in (run.path / EXPORTS).glob("iter_*"))
     exported = [f"{step * run.stage.budget.tokens_per_batch:,}" for step in exports]
     kinds = (("pinned", pinned), ("weights only", thinned), ("exported", exported))
     words = [f"{what} at {', '.join(tokens)} tokens" for what, tokens in kinds if tokens]

@@ -28,9 +28,12 @@ RUN_VERBS = {
     "convert": Verb("convert", "megatron_ext.conversion.stage:run_convert", "do a Convert stage's work (by hand: convert hf-to-megatron)"),
     "train": Verb("train", "megatron_ext.training.stage:run_train", "train: every rank of the plan, on this machine"),
     "prepare": Verb("train", "megatron_ext.data.prepare:prepare", "build the data indices of a train run ahead of it"),
+    "rl": Verb("rl", "megatron_ext.rl.stage:run_rl", "reinforcement learning: every rank of the plan, on this machine"),
     "report": Verb("report", "megatron_ext.reports.page:run_report", "draw figures and a page from run folders", repeats=True),
 }
 FUNCTIONS = {  # verb -> module:function, and the arguments that it takes
+    "plan": ("megatron_ext.launch.plan:plan_command", ("recipe", "overrides", "cluster", "as_json")),
+    "doctor": ("megatron_ext.launch.doctor:doctor_command", ("recipe", "overrides", "cluster", "runs", "deep", "rank", "stage")),
     "tree": ("megatron_ext.launch.tree:tree_command", ("runs",)),
     "diff": ("megatron_ext.launch.diff:diff_command", ("a", "b", "code", "as_json")),
     "verify": ("megatron_ext.checkpoint.verify:verify_command", ("paths", "jobs")),
@@ -40,6 +43,10 @@ FUNCTIONS = {  # verb -> module:function, and the arguments that it takes
         ("source", "target", "revision", "allow_pickle", "resize_vocabulary"),
     ),
     "convert megatron-to-hf": ("megatron_ext.conversion.to_hugging_face:megatron_to_hf", ("checkpoint", "target", "dtype", "tokenizer")),
+    "generate": (
+        "megatron_ext.generation.command:generate_command",
+        ("checkpoint", "prompt", "template", "max_tokens", "temperature", "top_p", "top_k", "samples", "seed", "device", "bos"),
+    ),
     "convert check": ("megatron_ext.conversion.check:check_command", ("checkpoint", "folder", "prompt", "tensors_only")),
 }
 
@@ -62,6 +69,14 @@ def open_for(name: str, folder: Path, permissions: Permissions = NO_PERMISSIONS)
     if not permissions.other_code:
         check_code(run)
     become_ranks(run, None if name == verb.kind else 1, permissions)
+    return run
+
+
+def run_of_kind(verb: str, kind: str, folder: Path) -> Run:
+    """Open a run folder for a verb that looks into one kind of stage; `RunError` where it holds another kind."""
+    run = open_run(folder)
+    if run.stage.kind != kind:
+        raise RunError(f"{run.path}: stage '{run.name}' is of kind '{run.stage.kind}', and {verb} takes '{kind}'; name a run of that kind")
     return run
 
 

@@ -19,7 +19,7 @@ from megatron_ext.checkpoint.folder import named_checkpoint
 from megatron_ext.config.base import Json, override
 from megatron_ext.config.stages import RLStage
 from megatron_ext.distributed import Groups, agreed_with_rank_0, process_groups
-from megatron_ext.errors import CheckpointError, ConfigError, DataError, RunError
+from megatron_ext.errors import CheckpointError, ConfigError, DataError
 from megatron_ext.metrics import read_metrics
 from megatron_ext.progress import progress as showing
 from megatron_ext.provenance import read_manifest
@@ -61,17 +61,9 @@ def run_replay(run: Run, step: int, changes: Sequence[str], as_json: bool) -> No
             print(json.dumps(found, indent=2) if as_json else replay_text(found))
 
 
-def rl_run(folder: Path) -> Run:
-    """Open a run folder of reinforcement learning."""
-    run = open_run(folder)
-    if run.stage.kind != "rl":
-        raise RunError(f"{run.path}: stage '{run.name}' is of kind '{run.stage.kind}'; replay takes one of kind 'rl' (of a training: why)")
-    return run
-
-
 def find_recorded(folder: Path, step: int) -> Found:
     """The record of a step and where its weights can be had; `DataError` or `CheckpointError` where they are not kept."""
-    run = rl_run(folder)
+    run = open_run(folder)
     batch = read_record(run.path, step)
     usable = [one for one in published(run.checkpoints_path) if one < step and _has_optimizer(run, one)]
     first = usable[-1] if usable else 0

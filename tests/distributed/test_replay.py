@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from megatron_ext.errors import ConfigError, DataError, RunError
+from megatron_ext.launch.verbs import run_of_kind
 from megatron_ext.rl import replay as replays
 from megatron_ext.rl.record import prune_records, read_record, record_path, recorded_steps, write_record
+from megatron_ext.runs import open_run
 from tests import ranks, rl_runs
 from tests.rl_runs import CPU, rl_run, stage, trace
 
@@ -36,7 +38,7 @@ def again(run, step, *changes):
 
 
 def _replay(groups: Any, path: str, step: int, changes: tuple[str, ...]) -> Any:
-    run = replays.rl_run(Path(path))
+    run = open_run(Path(path))
     return replays.replay(groups, run.path, step, changes, replays.changed_stage(run.stage, changes))
 
 
@@ -100,8 +102,8 @@ def test_what_a_replay_cannot_change_is_refused(done):
 def test_steps_that_are_not_kept_are_named(done, start):
     with pytest.raises(DataError, match="step 9 are not kept; kept are 6 steps from 1 to 6"):
         replays.find_recorded(done.path, 9)
-    with pytest.raises(RunError, match="of kind 'convert'"):
-        replays.rl_run(start.path)
+    with pytest.raises(RunError, match="of kind 'convert', and replay takes 'rl'"):
+        run_of_kind("replay", "rl", start.path)
 
 
 def test_a_record_holds_what_was_written_and_a_torn_one_is_refused(done, tmp_path):

@@ -29,9 +29,10 @@ from megatron_ext.launch.graph import Graph, with_overrides
 from megatron_ext.runs import mark_done, open_run, write_json, write_run
 from recipes import clusters, demo, models, octothinker
 from tests.small_checkpoints import write_files
+from tests.small_graphs import training_alone
 from tests.unit.test_tree import parent_at, trained, write_all
 
-SMOKE = demo.smoke()
+SMOKE = training_alone(demo.smoke())
 LARGE = octothinker.llama_8b()
 H100 = clusters.h100()
 Usage = namedtuple("Usage", "total used free")
@@ -114,8 +115,9 @@ def test_more_processes_than_cores(tmp_path: Path) -> None:
 def test_a_plan_that_its_arithmetic_refuses_is_found_stage_by_stage(tmp_path: Path) -> None:
     over = replace(H100, gpus_per_node=4)
     found = problems(examine(LARGE, over, tmp_path), "plan")
-    assert [one.stage for one in found] == ["stable", "decay_long", "decay_short", "decay_hybrid"]
-    assert "exceeds the 4 GPUs of a node" in found[0].found
+    learnt = ["rl_base", "rl_stable", "rl_long", "rl_short", "rl_hybrid"]
+    assert [one.stage for one in found] == ["stable", "decay_long", "decay_short", "decay_hybrid", *learnt]
+    assert all("exceeds the 4 GPUs of a node" in one.found for one in found)
 
 
 def test_every_run_folder_with_another_recipe_is_named(tmp_path: Path) -> None:
@@ -294,20 +296,21 @@ def test_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda _: Usage(10**13, 0, 4 * 10**12))
     (found,) = problems(examine(LARGE, H100, tmp_path), "disk")
-    assert (found.level, found.found.split(" still")[0]) == ("error", "5.6 TB")  # 42 checkpoints, one aside, known shards
-    monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda _: Usage(10**13, 0, 6 * 10**12))
+    # 42 checkpoints of training, 25 of reinforcement learning, one aside, known shards, recorded rollouts
+    assert (found.level, found.found.split(" still")[0]) == ("error", "8.5 TB")
+    monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda _: Usage(10**13, 0, 9 * 10**12))
     assert problems(examine(LARGE, H100, tmp_path), "disk") == []
     (tmp_path / LARGE.name / "stable").mkdir(parents=True)
     (tmp_path / LARGE.name / "stable" / "DONE").touch()
-    monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda _: Usage(10**13, 0, 3 * 10**12))
+    monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda _: Usage(10**13, 0, 6 * 10**12))
     assert problems(examine(LARGE, H100, tmp_path), "disk") == []  # what is done needs no more
 
 
 def test_inodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda _: Usage(10**13, 0, 9 * 10**12))
-    monkeypatch.setattr(doctor_machine.os, "statvfs", lambda _: namedtuple("S", "f_files f_favail")(10**6, 5543))
+    monkeypatch.setattr(doctor_machine.os, "statvfs", lambda _: namedtuple("S", "f_files f_favail")(10**6, 6443))
     (found,) = problems(examine(LARGE, H100, tmp_path), "disk")
-    assert found.found == "checkpoints are 5,544 files, 5,543 inodes are free"  # 42 x 132
+    assert found.found == "checkpoints are 6,444 files, 6,443 inodes are free"  # 42 x 132 + 25 x 36
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -172,13 +172,18 @@ def test_the_graph_is_drawn_as_a_tree():
         "llama             convert   meta-llama/Llama-3.2-3B",
         "  stable          train     weights of llama; reads corpus",
         "    decay_long    train     branch of stable; reads corpus",
+        "      rl_long     rl        weights of decay_long",
         "    decay_short   train     branch of stable; reads corpus",
+        "      rl_short    rl        weights of decay_short",
         "    decay_hybrid  train     branch of stable; reads corpus",
-        "report            report    reads stable, decay_long, decay_short, decay_hybrid",
+        "      rl_hybrid   rl        weights of decay_hybrid",
+        "    rl_stable     rl        weights of stable",
+        "  rl_base         rl        weights of llama",
+        "report            report    reads 9 stages, stable to rl_hybrid",
     ]
     pilots = "\n".join(graph_lines(ablations.decay_qa()))
     assert "branch of stable at 130.00B tokens; reads corpus" in pilots
-    assert "reads 16 stages, stable to pilot_openr1_omi2_2_1" in pilots
+    assert "reads 31 stages, stable to rl_pilot_openr1_omi2_2_1" in pilots
     assert graph_lines(demo.demo())[3] == "base              train      from random weights; reads corpus"
 
 
@@ -216,7 +221,8 @@ def test_the_text_names_every_stage_and_sums_up():
         "8 micro-batches of 1 sequence a step",
         "3,461 GPU-hours, 54.1 hours on 64 GPUs",
         "24 checkpoints x 45.0 GB = 1.1 TB, at most 68 files each",
-        "in all: 272.63B tokens, 1.9 TB of checkpoints, 4,499 GPU-hours",
+        "in all: 272.63B tokens, 3.0 TB of checkpoints, 4,499 GPU-hours of training, "
+        "2,000 updates of reinforcement learning, whose records take 99.7 GB at most",
     ):
         assert expected in text
     assert "unknown" in next(line for line in text.splitlines() if "numinamath_1_5" in line)

@@ -9,14 +9,14 @@ import json
 import pytest
 
 from megatron_ext.config.base import from_json, to_json
-from megatron_ext.config.stages import Branch, Scratch, TokenizeStage, TrainStage, Weights
+from megatron_ext.config.stages import Branch, RLStage, Scratch, TokenizeStage, TrainStage, Weights
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.load import ready_functions
 
 RECIPE_FILES = ("octothinker", "ablations", "demo")
 EXPECTED = {
-    "octothinker": ["llama_1b", "llama_3b", "llama_8b", "llama_3b_fp8"],
-    "ablations": ["web_quality", "qa_format", "instruction", "token_budget", "decay_qa", "decay_shape"],
+    "octothinker": ["llama_1b", "llama_3b", "llama_8b", "llama_3b_fp8", "llama_3b_released_rl", "rl_llama_3b", "rl_qwen_3b"],
+    "ablations": ["web_quality", "qa_format", "instruction", "token_budget", "template", "lengths", "decay_qa", "decay_shape"],
     "demo": ["demo", "smoke", "control"],
 }
 NAMES = [f"{file}:{function}" for file, functions in EXPECTED.items() for function in functions]
@@ -80,7 +80,8 @@ def test_the_papers_numbers(name, rate, layers, hidden):
     graph = build(f"octothinker:{name}")
     stable = graph.stage("stable")
     assert graph.name == name.replace("llama", "octothinker")
-    assert [s.name for s in graph.stages] == ["corpus", "llama", "stable", "decay_long", "decay_short", "decay_hybrid", "report"]
+    training = ["corpus", "llama", "stable", "decay_long", "decay_short", "decay_hybrid"]
+    assert [s.name for s in graph.stages] == [*training, "rl_base", "rl_stable", "rl_long", "rl_short", "rl_hybrid", "report"]
     assert (stable.model.num_layers, stable.model.hidden_size) == (layers, hidden)
     assert stable.start == Weights(stage="llama")
     assert weights_of(stable) == STABLE_TABLE_2
@@ -99,7 +100,7 @@ def test_the_papers_numbers(name, rate, layers, hidden):
         assert (stage.optimizer.epsilon, stage.optimizer.clip_norm, stage.precision) == (1e-8, 1.0, "bf16")
 
 
-def differing_fields(one: TrainStage, other: TrainStage) -> set[str]:
+def differing_fields(one: TrainStage | RLStage, other: TrainStage | RLStage) -> set[str]:
     return {f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(other, f.name)}
 
 
@@ -127,21 +128,36 @@ def test_the_demo_is_the_papers_graph(small):
     assert demo.stage("stable").start == Weights(stage="base")
     assert demo.stage("base").start == Scratch()
     assert weights_of(demo.stage("base")) == {"general_web": 1.0}
-    other = dataclasses.replace(demo, stages=tuple(s for s in demo.stages if s.name not in ("decay_long", "report")))
+    other = dataclasses.replace(demo, stages=tuple(s for s in demo.stages if s.name not in ("rl_long", "report")))
     assert shape_without(other, outside_demo) != shape_without(paper, {"llama"})
 
 
 def test_the_demos_mixtures_and_machine():
     graph = build("demo:demo")
-    assert weights_of(graph.stage("stable")) == {"math_web": 0.85, "general_web": 0.1, "short_cot": 0.05}
-    shared = {"math_web": 0.55, "general_web": 0.05, "instruction": 0.1}
-    assert weights_of(graph.stage("decay_long")) == {**shared, "long_cot": 0.3}
-    assert weights_of(graph.stage("decay_short")) == {**shared, "short_cot": 0.3}
-    assert weights_of(graph.stage("decay_hybrid")) == {**shared, "long_cot": 0.1, "short_cot": 0.2}
+    assert weights_of(graph.stage("stable")) == {"math_web": 0.7, "general_web": 0.1, "short_cot": 0.2}
+    shared = {"math_web": 0.45, "general_web": 0.05, "instruction": 0.1}
+    assert weights_of(graph.stage("decay_long")) == {**shared, "long_cot": 0.4}
+    assert weights_of(graph.stage("decay_short")) == {**shared, "short_cot": 0.4}
+    assert weights_of(graph.stage("decay_hybrid")) == {**shared, "long_cot": 0.2, "short_cot": 0.2}
     for stage in trained(graph):
         assert (stage.plan.device, stage.precision, stage.plan.nodes) == ("cpu", "fp32", 1)
         assert stage.model.vocab_size == graph.stage("tokenizer").vocab_size
     assert {s.name for s in graph.stage("corpus").sources} == {"math_web", "general_web", "short_cot", "long_cot", "instruction"}
+
+
+@pytest.mark.parametrize("name", ["demo:demo", "demo:smoke"])
+def test_the_demos_learning_differs_in_name_start_and_lengths_alone(name):
+    graph = build(name)
+    starts = {"base": "base", "stable": "stable", **{branch: f"decay_{branch}" for branch in ("long", "short", "hybrid")}}
+    stages: list[RLStage] = [graph.stage(f"rl_{start}") for start in starts]
+    assert [stage.start for stage in stages] == [Weights(stage=start) for start in starts.values()]
+    for stage in stages:
+        assert differing_fields(stages[2], stage) <= {"name", "start", "lengths"}
+        assert (stage.text, stage.plan.device, stage.precision, stage.model) == ("text", "cpu", "fp32", graph.stage("stable").model)
+    long, short = graph.stage("rl_long").lengths, graph.stage("rl_short").lengths
+    assert len(long.caps) > len(short.caps) == 1
+    assert all(row.after < stages[0].steps for row in long.caps)  # the rises come within the run
+    assert {stage.validation.cap_tokens for stage in stages} == {long.largest_cap_tokens}
 
 
 def test_the_control_keeps_the_peak_and_shares_the_demos_runs():
