@@ -1,5 +1,7 @@
 """A hub on this machine: an HTTP server with as much of the Hugging Face hub's interface as its own client needs to fetch a model.
 
+A repository of data is named `datasets/owner/name`.
+
 `serving(hub)` starts it. A process that starts afterwards is pointed at it by HF_ENDPOINT, and this one by `use`. Faults are
 attributes of the hub: a cut connection, gated repositories, a server that is down.
 """
@@ -20,9 +22,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
-MODEL = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+?)(?:/revision/(?P<revision>.+))?")
+MODEL = re.compile(r"/api/(?:models/)?(?P<name>(?:datasets/)?[^/]+/[^/]+?)(?:/revision/(?P<revision>.+))?")
 TREE = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/.*)?")
-FILE = re.compile(r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+FILE = re.compile(r"/(?P<name>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 RANGE = re.compile(r"bytes=(\d+)-")
 
 

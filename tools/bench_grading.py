@@ -30,12 +30,13 @@ from fractions import Fraction
 
 from math_verify import parse, verify
 
+from megatron_ext.config.rl_plan import RLPlan
 from megatron_ext.tasks.grading import Verdict, grade
 from megatron_ext.tasks.problems import Problem
 from megatron_ext.tasks.workers import GradingPool, count_outcomes
 
 WORKERS = 2
-DEADLINE_SECONDS = 0.5  # of processor time for one answer; the slowest honest ones here take a third of it
+DEADLINE_SECONDS = RLPlan().grading_seconds  # of processor time for one answer, as a run has it
 MEMORY_BYTES = 2**30
 RECYCLE_AFTER = 1000
 CHUNK = 16  # answers in one message of the plain pool; the default, 1, is slower
@@ -43,15 +44,12 @@ WARM_UP = 200
 SEED = 0
 CLEAN_AT_LEAST, HOSTILE_AT_LEAST = 1.0, 5.0  # the bars, `ours` over `plain`
 HOSTILE = (
-    "9^{9^{9^{9}}}",
-    "(10^{8})!",
-    "{}".format("\\sqrt{" * 300 + "2" + "}" * 300),
-    "2^{2^{2^{2^{2^{2}}}}} + 1",
-    "\\frac{" * 200 + "1" + "}{2}" * 200,
-    "(" * 2000 + "1" + ")" * 2000,
-    "1+" * 50000 + "1",
-    "\\sum_{n=1}^{10^{9}} \\frac{1}{n^{2}}",
-)
+    "9^{9^{9^{9}}}", "(9^{9})^{9^{9}}", "2^{x+9^{9}}", "(10^{8})!", "\\binom{10^{9}}{5 \\cdot 10^{8}}",  # too large to write out
+    "\\sum_{n=1}^{10^{9}} \\frac{1}{n^{2}}", "\\int \\frac{\\sin(x^{5} + \\cos x)}{x^{7} + e^{x}} dx",  # work without an end
+    "(x+1)^{9999}", "(1+\\sqrt{2})^{9999}", "(x+y+z+w)^{200}",  # multiplied out, pages
+    "\\frac{1}{x+" * 30 + "x" + "}" * 30, "\\sqrt{" * 300 + "2" + "}" * 300, "\\frac{" * 200 + "1" + "}{2}" * 200,  # nested
+    "(" * 2000 + "1" + ")" * 2000, "1+" * 50000 + "1", "A" * 1_000_000,  # long
+)  # fmt: skip
 Answer = tuple[str, str]  # (gold, response)
 
 
@@ -98,14 +96,14 @@ KINDS: tuple[Callable[[random.Random], Answer], ...] = (a_fraction, a_decimal, a
 
 
 def make_answers(seed: int, count: int, num_hostile: int) -> tuple[list[Answer], set[int]]:
-    """Golds with responses, and the positions of the hostile ones among them, evenly spread."""
+    """Golds with responses, and the positions of the hostile ones among them, evenly spread; each seed goes on in their list."""
     draw = random.Random(seed)
     answers = []
     hostile = {(2 * turn + 1) * count // (2 * num_hostile) for turn in range(num_hostile)}
     for position in range(count):
         gold, answer = draw.choice(KINDS)(draw)
         if position in hostile:
-            answer = HOSTILE[len([one for one in hostile if one < position]) % len(HOSTILE)]
+            answer = HOSTILE[(seed * num_hostile + len([one for one in hostile if one < position])) % len(HOSTILE)]
         answers.append((gold, f"We work it out step by step, and so the answer is \\boxed{{{answer}}}."))
     return answers, hostile
 
@@ -129,7 +127,7 @@ def limit_memory() -> None:
 class Plain:
     """ProcessPoolExecutor over math-verify."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline_seconds: float) -> None:  # noqa: ARG002 - its time-outs are its own
         self.pool = ProcessPoolExecutor(WORKERS, initializer=limit_memory)
 
     def __call__(self, answers: list[Answer]) -> list[str]:
@@ -143,9 +141,9 @@ class Plain:
 class Pool:
     """Our pool over math-verify."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline_seconds: float) -> None:
         self.pool: GradingPool[bool] = GradingPool(
-            without_alarms, workers=WORKERS, deadline_seconds=DEADLINE_SECONDS, memory_bytes=MEMORY_BYTES, recycle_after=RECYCLE_AFTER,
+            without_alarms, workers=WORKERS, deadline_seconds=deadline_seconds, memory_bytes=MEMORY_BYTES, recycle_after=RECYCLE_AFTER,
             warm_up=make_answers(SEED - 1, WARM_UP, 0)[0],
         )  # fmt: skip
 
@@ -159,9 +157,9 @@ class Pool:
 class Ours:
     """Our pool over our grader."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline_seconds: float) -> None:
         self.pool: GradingPool[Verdict] = GradingPool(
-            grade, workers=WORKERS, deadline_seconds=DEADLINE_SECONDS, memory_bytes=MEMORY_BYTES, recycle_after=RECYCLE_AFTER,
+            grade, workers=WORKERS, deadline_seconds=deadline_seconds, memory_bytes=MEMORY_BYTES, recycle_after=RECYCLE_AFTER,
             warm_up=self.requests(make_answers(SEED - 1, WARM_UP, 0)[0]),
         )  # fmt: skip
 
@@ -177,12 +175,12 @@ class Ours:
         self.pool.close()
 
 
-SYSTEMS: dict[str, Callable[[], Plain | Pool | Ours]] = {"plain": Plain, "pool": Pool, "ours": Ours}
+SYSTEMS: dict[str, Callable[[float], Plain | Pool | Ours]] = {"plain": Plain, "pool": Pool, "ours": Ours}
 
 
-def bench(count: int, num_hostile: int, rounds: int, bar: float) -> dict[str, object]:
+def bench(count: int, num_hostile: int, rounds: int, bar: float, deadline_seconds: float) -> dict[str, object]:
     """Let the systems take turns on the same answers."""
-    systems = {name: make() for name, make in SYSTEMS.items()}
+    systems = {name: make(deadline_seconds) for name, make in SYSTEMS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     said: dict[str, Counter[str]] = {name: Counter() for name in systems}
     wrongly: list[tuple[Answer, str]] = []
@@ -216,16 +214,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=int, default=1000, help="answers in a round (default: 1000)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds without hostile answers (default: 5)")
+    parser.add_argument("--deadline", type=float, default=DEADLINE_SECONDS, help="processor seconds of ours (default: as in a run)")
     parser.add_argument("--hostile-rounds", type=int, default=3, help="rounds with 1 %% hostile answers (default: 3)")
     arguments = parser.parse_args()
     logging.disable()  # math-verify warns of every time-out
+    num_hostile = max(1, arguments.answers // 100)
     result = {
         "settings": {
             "workers": WORKERS, "cores": os.cpu_count(), "load": os.getloadavg(), "python": sys.version.split()[0],
-            "deadline_cpu_seconds": DEADLINE_SECONDS, "memory_bytes": MEMORY_BYTES, "recycle_after": RECYCLE_AFTER, "plain_chunk": CHUNK,
+            "deadline_cpu_seconds": arguments.deadline, "memory_bytes": MEMORY_BYTES, "recycle_after": RECYCLE_AFTER, "plain_chunk": CHUNK,
         },
-        "clean": bench(arguments.answers, 0, arguments.rounds, CLEAN_AT_LEAST),
-        "hostile": bench(arguments.answers, arguments.answers // 100, arguments.hostile_rounds, HOSTILE_AT_LEAST),
+        "clean": bench(arguments.answers, 0, arguments.rounds, CLEAN_AT_LEAST, arguments.deadline),
+        "hostile": bench(arguments.answers, num_hostile, arguments.hostile_rounds, HOSTILE_AT_LEAST, arguments.deadline),
         "load_after": os.getloadavg(),
     }  # fmt: skip
     print(json.dumps(result, indent=2))

@@ -22,11 +22,14 @@ class RLPlan(ParallelPlan):
 
     tokens_per_micro_batch: int = 16_384  # prompts and responses, packed; the released scripts' 16,384 a GPU
     logits_chunk_tokens: int = 1024  # positions whose logits are there at a time; 1,024 x 128,256 in FP32 are 525 MB
+    skip_uninformative: bool = (
+        True  # groups without a difference have no gradient: leave them out of the pass (statistics then are of the others)
+    )
     engine: EngineName = "megatron"
     engine_slots: int = 256  # responses that one model copy samples at a time
     engine_memory_share: float = 0.5  # of a GPU, for vLLM
     grading_workers: int = 2
-    grading_seconds: float = 10.0  # of processor time, for one answer
+    grading_seconds: float = 2.0  # of processor time, for one answer; the slowest of 3,495 honest ones took 0.16 s
     grading_memory_bytes: int = 2 * 2**30  # of one worker
     keep_rollouts_bytes: int | None = None  # of recorded rollouts, compressed; the oldest go first; None: all are kept
 

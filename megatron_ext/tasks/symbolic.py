@@ -17,9 +17,12 @@ from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_la
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
 
+from megatron_ext.tasks.magnitude import too_large
+from megatron_ext.tasks.quick_equality import quickly_equal
+
 MOST_CHARACTERS = 600
 DIGITS = 30  # of a constant that a decimal is compared with
-# Powers of powers, and numbers whose writing alone would fill the memory; no answer needs them.
+# Powers of powers, and exponents that no answer has; `magnitude` finds the less plain ones.
 HUGE = re.compile(r"\d\s*\^\s*\{?\s*\d+\s*\^|\^\s*\{?\s*-?\d{5,}|\d{5,}\s*\)?!|!\s*\)?!")
 PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}(?:\s+[a-zA-Z]{2,}){2,}")  # which the grammar takes for a product of letters
 DECIMAL = re.compile(r"(?<![\w.])(\d*)\.(\d+)")
@@ -37,7 +40,7 @@ class AlgebraError(Exception):
 @functools.lru_cache(maxsize=4096)
 def expression(text: str) -> sympy.Basic | None:
     """Normalised LaTeX as an expression; None where math-verify's grammar cannot read it."""
-    if not text or len(text) > MOST_CHARACTERS or HUGE.search(text) or PROSE.search(text):
+    if not text or len(text) > MOST_CHARACTERS or HUGE.search(text) or PROSE.search(text) or too_large(text):
         return None
     latex = re.sub(r"(\d+(?:\.\d+)?)\s*\\text\{degree\}", r"(\1 \\cdot \\frac{\\pi}{180})", text)
     latex = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", latex)
@@ -86,6 +89,8 @@ def _same(gold: sympy.Basic, answer: sympy.Basic) -> bool:
         return _same_equation(gold, answer)
     if isinstance(gold, sympy.Eq) or isinstance(answer, sympy.Eq):
         return False  # an equation is no expression; where one names a value, the value was compared
+    if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr) and (quick := quickly_equal(gold, answer)) is not None:
+        return quick
     settings = {"float_rounding": FLOAT_ROUNDING, "numeric_precision": NUMERIC_PRECISION, "timeout_seconds": None}
     return bool(verify(gold, answer, **settings, raise_on_error=True))
 

@@ -122,4 +122,4 @@ def test_a_failure_of_sympy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(symbolic, "verify", fails)
     with pytest.raises(symbolic.AlgebraError, match="ZeroDivisionError: by design"):
-        equivalence.compare("2x", "x+x")
+        equivalence.compare(r"\sqrt{x^2}", "|x|")  # which nothing quicker decides

@@ -146,10 +146,12 @@ def test_hostile_answers_cost_their_own_grade_only_whatever_the_number_of_worker
     assert found[0] == found[1]
 
 
+ENDLESS = "\\int \\frac{\\sin(x^{5} + \\cos x)}{x^{7} + e^{x}} dx"  # nothing refuses it, and sympy tries for minutes
 HOSTILE_LATEX = (
     "9^{9^{9^{9}}}", "2^{2^{2^{2^{2^{2}}}}}", "(10^{8})!", "\\sum_{n=1}^{10^{9}} \\frac{1}{n^{2}}",
     "\\sqrt{" * 5000 + "2" + "}" * 5000, "\\frac{" * 90 + "1" + "}{2}" * 90, "(" * 290 + "1" + ")" * 290, "1+" * 50000 + "1",
     "{" * 100000, "\\boxed{" * 12000, "\\text{" + " " * 100000 + "}", "x" * 100000, "10^{10^{10}} - 10^{10^{10}} + \\frac{1}{2} + 0",
+    "(9^{9})^{9^{9}}", "2^{x+9^{9}}", "(x+1)^{9999}", ENDLESS,
 )  # fmt: skip
 
 
@@ -172,6 +174,7 @@ def test_hostile_answers_to_the_real_grader_from_a_thread() -> None:
     assert (counts[0], counts[2], counts[3]) == tuple({kind: len(HOSTILE_LATEX)} for kind in ("correct", "correct", "wrong"))
     assert set(counts[1]) <= {"timed_out", "crashed", "unparseable", "wrong", "error"}
     assert counts[1].total() == len(HOSTILE_LATEX)
+    assert outcomes[1::4][HOSTILE_LATEX.index(ENDLESS)].ending is Ending.TIMED_OUT
 
 
 def test_the_four_counts_are_apart(pool: GradingPool) -> None:
