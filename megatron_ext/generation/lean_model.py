@@ -1,7 +1,8 @@
 """The forward pass of a trainer's own parameters, made for generation: few operations a layer, no Megatron in it.
 
 Parameters are looked up once and used as they are, so a change in place is seen at the next call. Tensor, pipeline and virtual
-pipeline parallelism as in training; sequence parallelism changes only where training keeps its activations.
+pipeline parallelism as in training; sequence parallelism changes only where training keeps its activations. Products are in the
+parameters' dtype: BF16 also where training computes them in FP8.
 
 Shapes: T tokens laid flat, H hidden, F features of a product that is split over ranks, G query groups of this rank, R queries of a
 group, X the R queries with their key and value, C channels of a head, V vocabulary.

@@ -45,7 +45,7 @@ class MegatronEngine:
         self._cache = self._lean.empty_cache()
         self._waiting: deque[Request] = deque()
         self._running: list[Running] = []  # by row
-        self._stops: dict[tuple[str, ...], StopStrings] = {}
+        self._stops: dict[tuple[str, ...], StopStrings | None] = {(): None}
         self._stats = EngineStats()
         self._num_updates = 0
         copy = dist.get_process_group_ranks(groups.collection.mp)

@@ -74,7 +74,7 @@ def processed_logprobs(logits_BV: torch.Tensor, samplings: Sequence[Sampling]) -
 
 def draw(logprobs_BV: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
     """int64 B: in each row the first token whose cumulative probability, FP64, exceeds `uniform` times the row's total."""
-    cumulative_BV = logprobs_BV.double().exp().cumsum(dim=-1)
+    cumulative_BV = logprobs_BV.exp().double().cumsum(dim=-1)
     shares_B = torch.tensor(uniforms, dtype=torch.float64, device=logprobs_BV.device)
     targets_B = shares_B * cumulative_BV[:, -1]
     return torch.searchsorted(cumulative_BV, targets_B.unsqueeze(-1), right=True).squeeze(-1)

@@ -33,6 +33,7 @@ class StopStrings:
         self._tokenizer = tokenizer
         self._strings = tuple(strings)
         self._last_characters = {string[-1] for string in strings}
+        self._split = any(not last.isascii() for last in self._last_characters)  # a part of a character may complete one of them
         self._window_tokens = max((len(string.encode()) for string in strings), default=0) + CONTEXT_TOKENS
         self._edge = tokenizer.encode("a")  # on both sides of a token to be looked at: spaces at the edges of a text are dropped
         self._known: dict[int, _Token] = {}
@@ -65,7 +66,7 @@ class StopStrings:
         found = self._known.get(token)
         if found is None:
             text, beside = (response_text(self._tokenizer, [*self._edge, *inner, *self._edge]) for inner in ([token], []))
-            may_end = UNFINISHED in text or any(text.count(last) > beside.count(last) for last in self._last_characters)
+            may_end = (self._split and UNFINISHED in text) or any(text.count(last) > beside.count(last) for last in self._last_characters)
             found = self._known[token] = _Token(may_end, text == beside)
         return found
 

@@ -32,7 +32,7 @@ def logits_BSV(chunks: Sequence[GPTModel], tokens_BS: torch.Tensor, groups: Grou
     sequences, length = tokens_BS.shape
     rounds = plan.pipeline if plan.virtual_pipeline > 1 else 1  # Megatron interleaves multiples of the pipeline's size
     padded = _padded(tokens_BS.to(groups.device), rounds, plan.tensor if plan.sequence_parallel else 1)
-    with _evaluating(chunks), torch.no_grad():
+    with evaluating(chunks), torch.no_grad():
         parts = _forward(chunks, padded.chunk(rounds))
     shape = (*padded.shape, vocab_size)
     found_BSV = torch.cat([_whole(part, groups)[..., :vocab_size] for part in parts]) if parts else _room(shape, groups)
@@ -88,7 +88,7 @@ def _room(shape: tuple[int, ...], groups: Groups) -> torch.Tensor:
 
 
 @contextmanager
-def _evaluating(chunks: Sequence[GPTModel]) -> Iterator[None]:
+def evaluating(chunks: Sequence[GPTModel]) -> Iterator[None]:
     """Without dropout; a model that was training goes on training."""
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:

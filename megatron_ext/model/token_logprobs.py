@@ -60,6 +60,7 @@ def token_logprobs(
     vocabulary from `vocab_size` on have probability 0. At most `chunk_tokens` positions' logits are there at a time.
     Both results carry exact gradients. Every rank of the tensor-parallel group calls it, with the same positions.
     """
+    assert temperature > 0, "greedy sampling draws from no distribution"
     group = groups.collection.tp
     if groups.plan.sequence_parallel:
         hidden_SRH = gather_from_sequence_parallel_region(hidden_SRH, tensor_parallel_output_grad=True, group=group)

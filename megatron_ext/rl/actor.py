@@ -75,4 +75,5 @@ class Actor:
             learning_rate=learning_rate,
             seed=self.stage.seed,
             updates_before=updates_before,
+            informative_only=plan.skip_uninformative,
         )

@@ -4,8 +4,8 @@ Every rank holds all samples and works out the same placing, so nothing is sent.
 ones, rows into micro-batches, micro-batches to data-parallel ranks, equally many each: Megatron's pipeline wants one shape,
 and its ranks wait for each other. What is left over is padding at weight 0.
 
-A sequence is its prompt and its response without the last token, which nothing is predicted from. On a CPU a row is as long as
-the longest sequence, since the mask that keeps sequences apart costs rows x length^2. On a GPU a micro-batch is one row of up to
+A sequence is its prompt and its response without the last token, which nothing is predicted from. On a CPU a row is little longer
+than the longest sequence, since the mask that keeps sequences apart costs rows x length^2. On a GPU a micro-batch is one row of up to
 the token budget with the sequences' boundaries (`cu_seqlens`), for Transformer Engine.
 
 Shapes: R rows of a micro-batch, S positions of a row, N response tokens of a micro-batch, in the order of its samples.
@@ -24,6 +24,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_ext.config.plan import ParallelPlan
 
+MASK_TOKENS = 768  # in a row of so many positions a toy of 128 channels spends as much on the dense mask as on its matrix products
 FP8_MULTIPLE = 16  # Transformer Engine's FP8 products want tokens in multiples of 16 on each rank
 
 
@@ -88,9 +89,7 @@ def place(lengths: Sequence[int], plan: ParallelPlan, tokens_per_micro_batch: in
 
     The same lengths in the same order give the same placing everywhere. A sequence longer than the budget has rows of its own length.
     """
-    longest = max((*lengths, 1))
-    capacity = _rounded(longest if plan.device == "cpu" else max(longest, tokens_per_micro_batch), plan)
-    rows = packed_rows(lengths, capacity)
+    capacity, rows = _rows(lengths, plan, tokens_per_micro_batch)
     most_rows = max(1, tokens_per_micro_batch // capacity)
     rounds = plan.pipeline if plan.virtual_pipeline > 1 else 1  # Megatron interleaves multiples of the pipeline's size
     num_micro_batches = -(-max(len(rows), 1) // (plan.data_parallel * most_rows * rounds)) * rounds
@@ -101,6 +100,19 @@ def place(lengths: Sequence[int], plan: ParallelPlan, tokens_per_micro_batch: in
     dealt = [rows[part::parts] for part in range(parts)]  # rows come longest first: each part gets some of every length
     by_rank = [dealt[rank :: plan.data_parallel] for rank in range(plan.data_parallel)]
     return Shape(num_micro_batches, num_rows, row_tokens), by_rank
+
+
+def _rows(lengths: Sequence[int], plan: ParallelPlan, tokens_per_micro_batch: int) -> tuple[int, list[Row]]:
+    """The length of a row and what goes into each: on a CPU the length among a few at which they cost least."""
+    longest = max((*lengths, 1))
+    if plan.device == "gpu":
+        capacity = _rounded(max(longest, tokens_per_micro_batch), plan)
+        return capacity, packed_rows(lengths, capacity)
+    tried = []
+    for factor in (1.0, 1.25, 1.5, 2.0):  # of the longest sequence: twice that has next to no padding
+        capacity = _rounded(max(longest, min(int(factor * longest), tokens_per_micro_batch)), plan)
+        tried.append((capacity, packed_rows(lengths, capacity)))
+    return min(tried, key=lambda each: len(each[1]) * each[0] * (1.0 + each[0] / MASK_TOKENS))
 
 
 def packed_rows(lengths: Sequence[int], capacity: int) -> list[Row]:

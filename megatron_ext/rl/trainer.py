@@ -163,15 +163,17 @@ def updates_of(actor: Actor, rollouts: Any) -> tuple[list[list[Sample]], Judged]
 
 
 def update_record(results: list[UpdateResult]) -> dict[str, Any]:
-    """Means over a step's updates; of the gradient norm also the largest."""
-    names = results[0].statistics
-    means = {name: sum(one.statistics[name] for one in results) / len(results) for name in names if name != "tokens"}
-    if "entropy" in means:
-        means["approx_entropy"] = means.pop("entropy")
+    """Means over a step's updates, of statistics over their tokens (None where no token had a gradient); the largest norm, too."""
+    tokens = sum(one.statistics["tokens"] for one in results)
+    names = [name for name in results[0].statistics if name != "tokens"]
+    weighed = [one for one in results if one.statistics["tokens"]]
+    means = {name: sum(one.statistics[name] * one.statistics["tokens"] for one in weighed) / tokens if tokens else None for name in names}
+    means["approx_entropy"] = means.pop("entropy")
     return {
         "loss": sum(one.loss for one in results) / len(results),
         "grad_norm": sum(one.grad_norm for one in results) / len(results),
         "grad_norm_max": max(one.grad_norm for one in results),
+        "trained_tokens": int(tokens),
         **means,
     }
 

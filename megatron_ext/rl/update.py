@@ -26,7 +26,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron_ext.config.rl import Objective
 from megatron_ext.distributed import Groups
 from megatron_ext.errors import TrainingError
-from megatron_ext.model.logits import _evaluating
+from megatron_ext.model.logits import evaluating
 from megatron_ext.model.token_logprobs import head_weight, token_logprobs, without_head
 from megatron_ext.rl.batch import MicroBatch, Sample, micro_batch, place
 from megatron_ext.rl.objective import ResponseTokens, policy_loss_sum, statistic_means, statistic_sums
@@ -92,13 +92,14 @@ def policy_update(
     `seed` and `updates_before` give the random state. Samples whose `old_logprobs` are None (all of them, or none) are an
     update's that comes first after sampling: the old weights are the current ones. With `informative_only`, samples of
     advantage 0 are left out where no KL penalty needs them: the gradient is the same but for the order of its sums, and the
-    statistics are of the others. Where no sample counts nothing moves: loss and norm are 0, and there are no statistics.
+    statistics are of the others. Where no sample counts nothing moves: loss and norm are 0, the statistics nan (`tokens`: 0).
     `TrainingError`, before the weights move, where loss or norm is not finite on any rank.
     """
     groups = state.groups
     counted = [one.weight > 0 and len(one.response) > 0 for one in samples]
     if not any(counted):
-        return UpdateResult(0.0, 0.0, {})
+        return UpdateResult(0.0, 0.0, statistic_means(dict.fromkeys(_statistic_names(settings), 0.0)))
+    assert all(float(one.share).is_integer() for one in samples), "Megatron counts what it divides by in whole numbers"
     trained = [count and not (informative_only and _moves_nothing(settings, one)) for one, count in zip(samples, counted, strict=True)]
     left_out = sum(one.share for one, count, train in zip(samples, counted, trained, strict=True) if count and not train)
     clear_gradients(state, seed, updates_before)
@@ -133,7 +134,7 @@ def score(
     starts = np.cumsum([0, *lengths])
     scoring = Scoring(chunks[-1], groups, temperature, vocab_size, logits_chunk_tokens)
     batches = _Batches(samples, [length > 0 for length in lengths], groups, tokens_per_micro_batch)
-    with _evaluating(chunks), torch.no_grad():
+    with evaluating(chunks), torch.no_grad():
         reports = _run(chunks, batches, partial(_scores, scoring), forward_only=True)
     whole_N = torch.zeros(int(starts[-1]), dtype=torch.float32, device=groups.device)
     for placed, logprobs_N in reports:
@@ -145,8 +146,8 @@ def score(
 
 def _statistic_names(settings: Objective) -> list[str]:
     """Of what `_loss` reports, in its order; ranks that hold no loss must know them."""
-    none_T = torch.empty(0)
-    return list(statistic_sums(settings, ResponseTokens(none_T, none_T, none_T, none_T, engine_logprobs_T=none_T), none_T))
+    nothing = torch.empty(0)
+    return list(statistic_sums(settings, ResponseTokens(nothing, nothing, nothing, nothing, nothing), nothing))
 
 
 def _moves_nothing(settings: Objective, sample: Sample) -> bool:
