@@ -187,7 +187,7 @@ def _forget_moments(begun: Any) -> None:
 
 def _stale_weights(begun: Any) -> None:
     """The engine gets the weights of the beginning again and again."""
-    from megatron_ext.model.handover import Bucket
+    from megatron_ext.model.bucket import Bucket
 
     engine = begun.actor.engine
     update, kept = engine.update_weights, []

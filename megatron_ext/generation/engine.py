@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.config.rl import Sampling
-from megatron_ext.model.handover import Bucket
+from megatron_ext.model.bucket import Bucket
 
 FinishReason = Literal["end", "stop", "length"]  # the end-of-document token, a stop string, the cap
 

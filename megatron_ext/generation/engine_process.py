@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from megatron_ext.errors import LaunchError, MegatronExtError, TrainingError
 from megatron_ext.generation.engine import EngineStats, Generation, Request
 from megatron_ext.generation.engine_server import SteppedEngine, send_bucket
-from megatron_ext.model.handover import Bucket
+from megatron_ext.model.bucket import Bucket
 
 START_SECONDS = 1800.0  # imports and, on a GPU, compilation and graphs
 SILENCE_SECONDS = 300.0  # of the longest forward pass: 8,192 tokens of prompts on a CPU

@@ -18,7 +18,7 @@ import torch
 
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.generation.engine import Engine, Generation
-from megatron_ext.model.handover import Bucket
+from megatron_ext.model.bucket import Bucket
 
 LOOK_SECONDS = 1.0  # how often an idle server looks whether its caller still lives
 WORKING_SECONDS = 1.0  # at least between two signs of life

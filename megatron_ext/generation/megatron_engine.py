@@ -27,7 +27,7 @@ from megatron_ext.generation.lean_model import LeanModel
 from megatron_ext.generation.running import Running, check_requests
 from megatron_ext.generation.sampling import Drawn, sample, uniform
 from megatron_ext.generation.stopping import StopStrings
-from megatron_ext.model.handover import Bucket
+from megatron_ext.model.bucket import Bucket
 from megatron_ext.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 8192  # of a pass, padding included: bounds the memory of its activations

@@ -15,7 +15,8 @@ from megatron_ext.config.model import ModelConfig
 from megatron_ext.distributed import Groups
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.generation.engine import Engine, EngineStats, Generation, Request
-from megatron_ext.model.handover import Bucket, hugging_face_buckets
+from megatron_ext.model.bucket import Bucket
+from megatron_ext.model.handover import hugging_face_buckets
 
 Answer = TypeVar("Answer")
 
@@ -29,6 +30,7 @@ class SharedEngine:
         self._leader = dist.get_process_group_ranks(self._group)[0]
         self._leads = groups.rank == self._leader
         self._engine: Engine | None = None
+        self._stats = EngineStats()
 
         def make_own() -> None:
             self._engine = make()
@@ -61,8 +63,8 @@ class SharedEngine:
         self._together(update)
 
     def stats(self) -> EngineStats:
-        """See `Engine.stats`."""
-        return self._together(lambda: self._own.stats())
+        """As of the last call that all ranks made."""
+        return self._stats
 
     def close(self) -> None:
         """See `Engine.close`; no rank waits for another."""
@@ -76,14 +78,14 @@ class SharedEngine:
 
     def _together(self, call: Callable[[], Answer]) -> Answer:
         """The leader's answer, or its error, on every rank."""
-        box: list[tuple[Answer | None, MegatronExtError | None]] = [(None, None)]
+        box: list[tuple[Answer | None, MegatronExtError | None, EngineStats]] = [(None, None, self._stats)]
         if self._leads:
             try:
-                box = [(call(), None)]
+                box = [(call(), None, self._own.stats())]
             except MegatronExtError as error:
-                box = [(None, error)]
+                box = [(None, error, self._stats)]
         dist.broadcast_object_list(box, src=self._leader, group=self._group)
-        answer, refusal = box[0]
+        answer, refusal, self._stats = box[0]
         if refusal is not None:
             raise refusal
         return answer  # type: ignore[return-value]

@@ -9,7 +9,8 @@ import torch
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.generation.engine_process import SILENCE_SECONDS, EngineProcess
-from megatron_ext.generation.vllm_engine import VllmEngine, VllmSettings, require_vllm, visible_device
+from megatron_ext.generation.vllm_engine import VllmEngine
+from megatron_ext.generation.vllm_start import VllmSettings, require_vllm, visible_device
 
 
 def vllm_process(

@@ -8,10 +8,7 @@ NaN stay what they are. One bucket and one tensor are held at a time, whatever t
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import itertools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,30 +23,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.distributed import Groups
 from megatron_ext.errors import CheckpointError
+from megatron_ext.model.bucket import Bucket
 from megatron_ext.model.weights import Row, Shape, table
 
 Place = tuple[str, int | None]  # key and layer: a row of the table
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Named Hugging Face tensors that travel together, in the table's order, on the model's device."""
-
-    tensors: tuple[tuple[str, torch.Tensor], ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.nbytes for _, tensor in self.tensors)
-
-    @functools.cached_property
-    def checksum(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes. Computed when asked for: it costs a copy to the host."""
-        digest = hashlib.sha256()
-        for name, tensor in self.tensors:
-            digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().data)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

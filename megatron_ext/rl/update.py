@@ -103,16 +103,22 @@ def policy_update(
     trained = [count and not (informative_only and _moves_nothing(settings, one)) for one, count in zip(samples, counted, strict=True)]
     left_out = sum(one.share for one, count, train in zip(samples, counted, trained, strict=True) if count and not train)
     clear_gradients(state, seed, updates_before)
+    if not any(trained):  # no gradient: an update by the moments alone
+        return _applied(state, 0.0, learning_rate, dict.fromkeys(_statistic_names(settings), 0.0))
     scoring = Scoring(state.chunks[-1], groups, temperature, vocab_size, logits_chunk_tokens)
     batches = _Batches(samples, trained, groups, tokens_per_micro_batch, other_shares=int(left_out))
     reports = _run(state.wrapped, batches, partial(_loss, settings, samples, scoring), forward_only=False)
     names = ["loss", "shares", *_statistic_names(settings)]
     sums = torch.stack(reports).sum(dim=0) if reports else torch.zeros(len(names), dtype=torch.float64, device=groups.device)
     found = dict(zip(names, groups.sum_over_data(sums).tolist(), strict=True))
-    applied = apply_gradients(state, found.pop("loss") / found.pop("shares"), learning_rate)
+    return _applied(state, found.pop("loss") / found.pop("shares"), learning_rate, found)
+
+
+def _applied(state: TrainState, loss: float, learning_rate: float, sums: dict[str, float]) -> UpdateResult:
+    applied = apply_gradients(state, loss, learning_rate)
     if applied.finding:
         raise TrainingError(not_finite(applied, STOPPED))
-    return UpdateResult(applied.loss, applied.grad_norm, statistic_means(found))
+    return UpdateResult(applied.loss, applied.grad_norm, statistic_means(sums))
 
 
 def score(

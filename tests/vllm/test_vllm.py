@@ -11,7 +11,7 @@ import torch
 
 from megatron_ext.conversion.to_hugging_face import megatron_to_hf
 from megatron_ext.conversion.to_megatron import hf_to_megatron
-from megatron_ext.model.handover import Bucket
+from megatron_ext.model.bucket import Bucket
 from megatron_ext.tokenizer import Tokenizer, load_tokenizer
 from tests import ranks
 from tests.family_models import Case, base, llama3
