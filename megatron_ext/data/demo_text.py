@@ -36,6 +36,7 @@ DOCUMENT_CHARACTERS = 4000  # docstrings of one module are joined up to this len
 LEAST_CHARACTERS = 200  # what is shorter says too little to be a document
 DOCTEST = re.compile(r"^[ \t]*>>>.*\n?(?:[ \t]*\S.*\n?)*", re.MULTILINE)  # from >>> to the next blank line
 SENTENCEPIECE_SPACE = "\u2581"  # SentencePiece writes a space so; in the text it would come back as one
+RL_PROBLEMS, EVALUATION = "rl_problems.jsonl", "evaluation/problems.jsonl"  # trainable and held-out ones
 PROBLEM_SHARE = 0.6  # of the exchanges in the instruction source; the rest are small word tasks
 
 
@@ -193,19 +194,19 @@ def _numbered(name: str, texts: list[str]) -> list[Document]:
     return [Document(f"{name}/{number:06d}", text) for number, text in enumerate(texts)]
 
 
-def evaluation_lines(count: int, seed: int) -> list[str]:
-    """JSONL of held-out problems: id, question, answer, kind, operands."""
-    rng = random.Random(f"{seed}:evaluation")
+def problem_lines(name: str, draw: Callable[[random.Random], Problem], count: int, seed: int) -> list[str]:
+    """JSONL of different problems, without their working: id, question, answer, kind, operands."""
+    rng = random.Random(f"{seed}:{name}")
     problems: dict[str, Problem] = {}
 
-    def draw() -> str:
-        problem = arithmetic.evaluation_problem(rng)
+    def question() -> str:
+        problem = draw(rng)
         problems.setdefault(problem.question, problem)
         return problem.question
 
-    rows = [problems[question] for question in distinct(draw, count, "evaluation_problems")]
+    rows = [problems[text] for text in distinct(question, count, f"{name}_problems")]
     return [
-        json.dumps({"id": f"evaluation/{i:06d}", "question": p.question, "answer": p.answer, "kind": p.kind, "operands": p.operands})
+        json.dumps({"id": f"{name}/{i:06d}", "question": p.question, "answer": p.answer, "kind": p.kind, "operands": p.operands})
         for i, p in enumerate(rows)
     ]
 
@@ -214,7 +215,7 @@ def evaluation_lines(count: int, seed: int) -> list[str]:
 
 
 def run_text(run: Run) -> None:
-    """Do the work of a text run: write `text/<source>.jsonl`, `evaluation/problems.jsonl`, provenance, the mark.
+    """Do the work of a text run: write `text/<source>.jsonl`, the problems of reinforcement learning and of its validation, the mark.
 
     `DataError` where a package is missing, or a bound is too small or too large.
     """
@@ -227,7 +228,10 @@ def run_text(run: Run) -> None:
             _write_source(run, "short_cot", worked_problems("short_cot", arithmetic.short, stage.short_problems, stage.seed)),
             _write_source(run, "long_cot", worked_problems("long_cot", arithmetic.long, stage.long_problems, stage.seed)),
             _write_source(run, "instruction", dialogues(stage.instruction_problems, stage.seed)),
-            _write_lines(run, "evaluation/problems.jsonl", evaluation_lines(stage.evaluation_problems, stage.seed)),
+            _write_lines(run, RL_PROBLEMS, problem_lines("rl", arithmetic.training_problem, stage.rl_problems, stage.seed)),
+            _write_lines(
+                run, EVALUATION, problem_lines("evaluation", arithmetic.evaluation_problem, stage.evaluation_problems, stage.seed)
+            ),
         ]
         versions = {package: importlib.metadata.version(package) for package in MATH_PACKAGES}
         read_from = {**versions, "python": platform.python_version()}

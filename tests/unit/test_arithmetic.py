@@ -50,12 +50,12 @@ def wrong_equations(text):
 
 def test_every_written_equation_holds(training, evaluation):
     texts = renderings(training + evaluation)
-    assert sum(len(EQUATIONS.findall(text)) for text in texts) > 15_000
+    assert sum(len(EQUATIONS.findall(text)) for text in texts) > 10_000
     assert [chain for text in texts for chain in wrong_equations(text)] == []
 
 
 def test_a_wrong_step_would_be_found(training):
-    broken = [long(p).replace(f"So {p.expression}={p.answer}", f"So {p.expression}={int(p.answer) + 1}") for p in training]
+    broken = [re.sub(r"=(\d+)\. The answer", lambda m: f"={int(m[1]) + 1}. The answer", short(p)) for p in training]
     assert all(wrong_equations(text) for text in broken)
 
 
@@ -63,9 +63,6 @@ def test_answers_follow_from_the_operands(training):
     formulas = {
         "add": lambda a, b: a + b,
         "subtract": lambda a, b: a - b,
-        "multiply": lambda a, b: a * b,
-        "add_three": lambda a, b, c: a + b + c,
-        "add_subtract": lambda a, b, c: a + b - c,
     }
     for p in training:
         assert p.answer == str(formulas[p.kind.removeprefix("word_")](*p.operands))
@@ -83,20 +80,25 @@ def test_every_kind_is_drawn_in_its_share():
         assert kinds[kind] / 4000 == pytest.approx(share, abs=0.025)
 
 
-def test_no_number_reaches_fifty(training):
-    assert max(int(n) for text in renderings(training) for n in re.findall(r"\d+", text)) == 49
+def test_no_number_reaches_a_hundred(training):
+    assert max(int(n) for text in renderings(training) for n in re.findall(r"\d+", text)) == 99
 
 
 def test_renderings_of_one_problem():
     p = Problem("What is 17+28?", "45", (17, 28), "add")
-    assert short(p) == "What is 17+28?\n17+28=37+8=45. The answer is \\boxed{45}."
+    assert short(p) in ("What is 17+28?\n17+28=37+8=45. The answer is \\boxed{45}.", "What is 17+28?\n17+28=37+8=45. The answer is 45.")
     assert instruction(p) == ("User: What is 17+28? Put the answer in \\boxed{}.\nAssistant: 17+28=37+8=45. The answer is \\boxed{45}.")
     lines = long(p).splitlines()
-    assert lines[0] == "What is 17+28?"
-    assert lines[-1] == "The answer is \\boxed{45}."
+    assert lines[:2] == ["What is 17+28?", "I need 17+28."]
     assert "28 is 20 and 8. 17+20=37. 37+8=45." in lines
-    assert any(re.fullmatch(r"Check: [a-z ]+, 10\+20=30, 7\+8=15, 30\+15=40\+5=45, the same, ok\.", line) for line in lines)
-    assert "Check: back from 45, 45-28=25-8=17, where I started, ok." in lines
+    assert lines[-2] in ("Check: 10+20=30, 7+8=15, 30+15=40+5=45, ok.", "Check: 45-28=25-8=17, ok.")
+    assert lines[-1] == short(p).partition(". ")[2]
+
+
+def test_a_wrong_try_is_caught_by_its_check():
+    tries = [f"What is {a}+38?" for a in range(11, 60)]
+    found = [long(Problem(text, str(int(text[8:10]) + 38), (int(text[8:10]), 38), "add")) for text in tries]
+    assert "Is it 45? Check: 45-38=15-8=7, not 17. I lost the ten that the ones make." in "\n".join(found)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +108,7 @@ def test_renderings_of_one_problem():
         (("+", 21, 24), "21+24=41+4=45", 44),
         (("+", 17, 30), "17+30=47", 46),
         (("-", 35, 18), "35-18=25-8=17", 27),
-        (("-", 45, 28), "45-28=25-8=17", 16),  # 45+10 would pass 49, so the slip is one of counting
-        (("*", 14, 3), "14*3=30+12=42", 30),
+        (("-", 95, 28), "95-28=75-8=67", 66),  # 95+10 would pass 99, so the slip is one of counting
     ],
 )
 def test_steps_and_slips(step, chain, wrong):
@@ -119,8 +120,7 @@ def test_each_rendering_ends_in_its_boxed_answer(training):
     for p in training:
         for text in (short(p), long(p)):
             assert text.startswith(p.question + "\n")
-            assert text.endswith(f"\\boxed{{{p.answer}}}.")
-            assert text.count("\\boxed{") == 1
+            assert text.endswith(f"The answer is \\boxed{{{p.answer}}}.")
         turns = instruction(p).split("\n")
         assert [turn.split(" ")[0] for turn in turns] == ["User:", "Assistant:"]
         assert "\\boxed{}" in turns[0]
@@ -129,10 +129,10 @@ def test_each_rendering_ends_in_its_boxed_answer(training):
 
 def test_long_chains_are_several_times_longer_and_check_themselves(training):
     lengths = [sum(len(render(p)) - len(p.question) for p in training) for render in (long, short)]
-    assert lengths[0] > 5 * lengths[1]
+    assert lengths[0] > 2.5 * lengths[1]
     assert all(re.search(r"Check: .* ok\.", long(p)) for p in training)
-    wrong_tries = sum("not ok" in long(p) for p in training) / len(training)
-    assert 0.25 < wrong_tries < 0.42
+    wrong_tries = sum("Is it " in long(p) for p in training) / len(training)
+    assert wrong_tries == pytest.approx(arithmetic.WRONG_TRIES, abs=0.05)
 
 
 def test_the_same_seed_gives_the_same_problems():
@@ -148,18 +148,8 @@ def forbidden_expressions(problems):
     found = set()
     for p in problems:
         n = p.operands
-        match p.kind.removeprefix("word_"):
-            case "add":
-                a, b = n
-                found |= {f"{a}+{b}", f"{b}+{a}", f"{a + b}-{a}", f"{a + b}-{b}"}
-            case "subtract":
-                a, b = n[0] - n[1], n[1]
-                found |= {f"{a}+{b}", f"{b}+{a}", f"{a + b}-{a}", f"{a + b}-{b}"}
-            case "multiply":
-                found |= {f"{n[0]}*{n[1]}", f"{n[1]}*{n[0]}"}
-            case operation:
-                sign = "+" if operation == "add_three" else "-"
-                found |= {f"{a}+{b}{sign}{c}" for a in n for b in n for c in n if sorted((a, b, c)) == sorted(n)}
+        a, b = n if p.kind.endswith("add") else (n[0] - n[1], n[1])
+        found |= {f"{a}+{b}", f"{b}+{a}", f"{a + b}-{a}", f"{a + b}-{b}"}
     return found
 
 
@@ -192,10 +182,10 @@ def test_a_generator_that_ignores_the_rule_is_found(evaluation):
 
 
 def test_a_generator_that_looks_only_at_the_question_is_found(evaluation):
-    careless = drawn(lambda rng: training_problem(rng, lambda p: not held_out(p)), 600)
+    careless = drawn(lambda rng: training_problem(rng, lambda p: not held_out(p)), 3000)
     found = leaks(careless, evaluation)
-    assert found  # steps of longer sums, checks and wrong tries
-    assert not any(p.expression in found for p in careless if len(p.operands) == 2)
+    assert found  # checks and wrong tries
+    assert not any(p.expression in found for p in careless)
 
 
 def test_held_out_looks_at_the_fact_not_its_wording():
@@ -209,14 +199,12 @@ def test_held_out_looks_at_the_fact_not_its_wording():
             )
         }  # fmt: skip
         assert len(same) == 1
-    names = [f"add {a} {b}" for a in range(100) for b in range(100)]
+    names = [f"{a}+{b}" for a in range(100) for b in range(100)]
     assert sum(map(arithmetic.fact_held_out, names)) / len(names) == pytest.approx(1 / arithmetic.HELD_OUT_ONE_IN, abs=0.015)
 
 
 def test_elementary_steps_are_neither_held_out_nor_asked(training, evaluation):
-    assert [arithmetic.fact(*item) for item in (("+", (57, 8)), ("+", (60, 24)), ("-", (35, 8)), ("-", (65, 30)), ("*", (6, 4)))] == [
-        None
-    ] * 5
+    assert [arithmetic.fact(*item) for item in (("+", (57, 8)), ("+", (60, 24)), ("-", (35, 8)), ("-", (65, 30)))] == [None] * 4
     assert all(arithmetic.fact(arithmetic.SIGNS[p.operation], p.operands) for p in training + evaluation)
 
 

@@ -14,11 +14,13 @@ from megatron_ext.data import arithmetic, demo_text
 from megatron_ext.data.demo_text import Prose, clean, distinct, docstrings, run_text
 from megatron_ext.errors import DataError
 from megatron_ext.provenance import file_sha256
+from megatron_ext.tasks.problems import read_problems
 
 SOURCES = ("math_web", "general_web", "short_cot", "long_cot", "instruction")
+PROBLEMS = ("rl_problems.jsonl", "evaluation/problems.jsonl")
 STAGE = TextStage(
     name="text", math_prose_bytes=40_000, general_prose_bytes=30_000, short_problems=120, long_problems=60,
-    instruction_problems=80, evaluation_problems=50, seed=3,
+    instruction_problems=80, rl_problems=70, evaluation_problems=50, seed=3,
 )  # fmt: skip
 
 
@@ -49,6 +51,7 @@ def test_a_run_leaves_every_file_and_its_mark(run):
     done = runs.read_done(run)
     assert {name: facts["lines"] for name, facts in done["files"].items()} == {
         **{f"text/{source}.jsonl": count for source, count in counts.items()},
+        "rl_problems.jsonl": 70,
         "evaluation/problems.jsonl": 50,
     }
     assert json.loads((run.path / "attempts/1/exit.json").read_text())["reason"] == "done"
@@ -75,33 +78,60 @@ def test_prose_stays_within_its_bound_and_comes_from_several_packages(run):
 
 
 def test_the_same_stage_gives_the_same_bytes_and_another_seed_does_not(run, tmp_path):
-    files = [f"text/{source}.jsonl" for source in SOURCES] + ["evaluation/problems.jsonl"]
+    files = [f"text/{source}.jsonl" for source in SOURCES] + list(PROBLEMS)
     again = made(tmp_path / "again")
     assert [file_sha256(run.path / f) for f in files] == [file_sha256(again.path / f) for f in files]
     other = made(tmp_path / "other", seed=4)
-    assert [file_sha256(run.path / f) == file_sha256(other.path / f) for f in files] == [True, True, False, False, False, False]
+    assert [file_sha256(run.path / f) == file_sha256(other.path / f) for f in files] == [True, True, *[False] * 5]
 
 
 def test_provenance_names_versions_and_the_digest_of_each_file(run):
     found = json.loads((run.path / "provenance.json").read_text())
     assert found["read_from"].keys() == {"networkx", "numpy", "python", "scipy", "sympy"}
     assert found["read_from"]["sympy"][0].isdigit()
-    assert len(found["files"]) == 6
+    assert len(found["files"]) == 7
     for name, facts in found["files"].items():
         assert facts["sha256"] == file_sha256(run.path / name)
         assert facts["bytes"] == (run.path / name).stat().st_size
 
 
-def test_evaluation_problems_stand_in_no_text(run):
+def stated(path):
+    """The expressions of a file of problems, asked in signs or in a story."""
+    return [arithmetic.Problem("", "", tuple(row["operands"]), row["kind"]).expression for row in rows(path)]
+
+
+def test_both_files_of_problems_are_read_by_their_form(run):
+    for name, count in zip(PROBLEMS, (70, 50), strict=True):
+        problems = read_problems(run.path / name, "arithmetic")
+        found = rows(run.path / name)
+        assert all(row.keys() == {"id", "question", "answer", "kind", "operands"} for row in found)
+        assert len({p.id for p in problems}) == len({p.question for p in problems}) == count
+        assert [str(eval(expression)) for expression in stated(run.path / name)] == [row["answer"] for row in found]
+
+
+def test_evaluation_problems_stand_in_no_text_and_are_asked_by_no_rl_problem(run):
     problems = rows(run.path / "evaluation" / "problems.jsonl")
-    assert all(row.keys() == {"id", "question", "answer", "kind", "operands"} for row in problems)
-    assert len({row["question"] for row in problems}) == 50
     texts = [row["text"] for source in SOURCES for row in rows(run.path / "text" / f"{source}.jsonl")]
+    texts += [f"{row['question']} {row['answer']}" for row in rows(run.path / "rl_problems.jsonl")]
     assert not any(row["question"] in text for row in problems for text in texts)
-    expressions = [arithmetic.Problem("", "", tuple(row["operands"]), row["kind"]).expression for row in problems]
-    joined = "\n".join(texts)
-    assert [e for e in expressions if re.search(rf"(?<!\d){re.escape(e)}(?!\d)", joined)] == []
-    assert re.search(rf"(?<!\d){re.escape(expressions[0])}(?!\d)", joined + f"\nand {expressions[0]}=?")
+    expressions = stated(run.path / "evaluation" / "problems.jsonl")
+    joined = "\n".join([*texts, *stated(run.path / "rl_problems.jsonl")])
+    ways = [way for expression in expressions for way in same_fact(expression)]
+    assert [e for e in ways if re.search(rf"(?<!\d){re.escape(e)}(?!\d)", joined)] == []
+    assert re.search(rf"(?<!\d){re.escape(ways[1])}(?!\d)", joined + f"\nand {ways[1]}=?")
+
+
+def same_fact(expression):
+    """Every way to state what an expression states: its sum in both orders, and both differences."""
+    left, sign, right = re.split(r"([+-])", expression)
+    a, b = (int(left), int(right)) if sign == "+" else (int(left) - int(right), int(right))
+    return [f"{a}+{b}", f"{b}+{a}", f"{a + b}-{a}", f"{a + b}-{b}"]
+
+
+def test_no_text_and_no_rl_problem_states_a_held_out_fact(run):
+    texts = [row["text"] for source in SOURCES for row in rows(run.path / "text" / f"{source}.jsonl")]
+    assert not any(map(arithmetic.states_held_out, [*texts, *stated(run.path / "rl_problems.jsonl")]))
+    assert all(map(arithmetic.states_held_out, stated(run.path / "evaluation" / "problems.jsonl")))
 
 
 def test_packages_are_read_without_importing_them():

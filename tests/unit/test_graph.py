@@ -12,8 +12,9 @@ from megatron_ext.config.stages import Branch, ConvertStage, Scratch, TrainStage
 from megatron_ext.errors import ConfigError
 from megatron_ext.launch.graph import Graph, with_joints, with_overrides
 from recipes import demo
+from tests.small_graphs import training_alone
 
-SMOKE = demo.smoke()
+SMOKE = training_alone(demo.smoke())
 
 
 def swap(stage_name: str, **values: object) -> Graph:

@@ -34,9 +34,10 @@ from megatron_ext.provenance import CorpusIndex
 from megatron_ext.runs import Run, mark_done, open_run, write_json, write_run
 from megatron_ext.snapshot import PACKAGE, code_hash, files_hash, source_files, take_snapshot
 from recipes import demo
+from tests.small_graphs import training_alone
 from tests.unit.test_tree import parent_at, trained, write_all
 
-SMOKE = demo.smoke()
+SMOKE = training_alone(demo.smoke())
 TEXT = with_overrides(
     replace(SMOKE, name="small", stages=SMOKE.stages[:1]), ["text.math_prose_bytes=20000", "text.general_prose_bytes=20000"]
 )

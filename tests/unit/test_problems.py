@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.data.demo_text import evaluation_lines
+from megatron_ext.data import arithmetic
+from megatron_ext.data.demo_text import problem_lines
 from megatron_ext.errors import DataError
-from megatron_ext.tasks.problems import FormName, Problem, read_problems
+from megatron_ext.tasks.problems import FormName, Problem, read_problems, unreadable
 
 
 def _write(path: Path, *rows: Any) -> Path:
@@ -55,7 +56,7 @@ def test_a_row_of_each_form(tmp_path: Path, form: FormName, row: dict[str, Any],
 
 
 def test_the_problems_of_the_demo(tmp_path: Path) -> None:
-    lines = evaluation_lines(20, seed=1)
+    lines = problem_lines("evaluation", arithmetic.evaluation_problem, 20, seed=1)
     problems = read_problems(_write(tmp_path, *lines), "arithmetic")
     assert [(p.id, p.question, p.answers) for p in problems] == [(r["id"], r["question"], (r["answer"],)) for r in map(json.loads, lines)]
 
@@ -98,6 +99,14 @@ def test_all_answers_that_no_grader_can_read_are_listed_and_can_be_left_out(tmp_
     assert [problem.id for problem in read_problems(path, "gsm8k", leave_out=frozenset({"b", "c"}))] == ["a"]
     with pytest.raises(DataError, match="leave_out names nobody"):
         read_problems(path, "gsm8k", leave_out=frozenset({"b", "c", "nobody"}))
+
+
+def test_ids_that_no_grader_can_read(tmp_path: Path) -> None:
+    rows = [{"id": name, "question": "?", "answer": text} for name, text in (("a", "2"), ("b", r"\frac{1}{"), ("c", "3"))]
+    assert unreadable(_write(tmp_path, *rows), "gsm8k") == ["b"]
+    assert unreadable(_write(tmp_path, rows[0]), "gsm8k") == []
+    with pytest.raises(DataError, match="1 ids stand more than once"):
+        unreadable(_write(tmp_path, rows[0], rows[0]), "gsm8k")
 
 
 def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:

@@ -346,6 +346,7 @@ def test_text_and_tokenizer_come_from_the_stages_it_names(tmp_path, tokenizer):
             "short_problems",
             "long_problems",
             "instruction_problems",
+            "rl_problems",
             "evaluation_problems",
             "seed",
         ),

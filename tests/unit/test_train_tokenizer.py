@@ -37,7 +37,7 @@ def problem_texts(count=250):
 def text_run(folder, sources, done=True):
     stage = TextStage(
         name="text", math_prose_bytes=1, general_prose_bytes=1, short_problems=1, long_problems=1, instruction_problems=1,
-        evaluation_problems=1, seed=1,
+        rl_problems=1, evaluation_problems=1, seed=1,
     )  # fmt: skip
     run = runs.write_run(folder / "text", "g", stage, {})
     (run.path / "text").mkdir()

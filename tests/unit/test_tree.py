@@ -20,8 +20,9 @@ from megatron_ext.metrics import MetricsWriter
 from megatron_ext.provenance import CorpusIndex, Manifest, Parent, SourceRecord, file_sha256, write_manifest
 from megatron_ext.runs import Run, mark_done, write_json, write_run
 from recipes import demo
+from tests.small_graphs import training_alone
 
-SMOKE = demo.smoke()
+SMOKE = training_alone(demo.smoke())
 
 
 def write_all(folder: Path, graph: Graph = SMOKE) -> dict[str, Run]:
