@@ -30,11 +30,13 @@ def test_readmes_recipe_runs_whole(tmp_path: Path) -> None:
     (example,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     (tmp_path / "my.py").write_text(example)
     launch = ("launch", "./my.py:run", "--local")
-    names = ["text", "tokenizer", "corpus", "base", "stable", "decay_long", "decay_short", "decay_hybrid", "decay_linear", "report"]
+    trained = ["base", "stable", "decay_long", "decay_short", "decay_hybrid"]
+    learnt = ["rl_base", "rl_stable", "rl_long", "rl_short", "rl_hybrid"]
+    names = ["text", "tokenizer", "corpus", *trained, *learnt, "decay_linear", "report"]
     folder = tmp_path / "runs" / "mine"
 
     out = megatron_ext(tmp_path, *launch)
-    assert re.findall(r"^\[\d+/10\] (\w+): \w+$", out, flags=re.MULTILINE) == names
+    assert re.findall(r"^\[\d+/15\] (\w+): \w+$", out, flags=re.MULTILINE) == names
     assert out.splitlines()[-1] == "report: runs/mine/report/index.html"
     assert "decay_linear" in (folder / "report" / "index.html").read_text(encoding="utf-8")
 
@@ -49,7 +51,7 @@ def test_readmes_recipe_runs_whole(tmp_path: Path) -> None:
     assert parent.science_hash == open_run(folder / "stable").science_hash
 
     again = megatron_ext(tmp_path, *launch)
-    assert re.findall(r"^\[\d+/10\] (\w+): \w+, done before, skipped$", again, flags=re.MULTILINE) == names
+    assert re.findall(r"^\[\d+/15\] (\w+): \w+, done before, skipped$", again, flags=re.MULTILINE) == names
     assert "decay_linear" in megatron_ext(tmp_path, "tree", "runs")
 
     # Looking at it: whole checkpoints, one step computed again to the bit, nothing to remove.
@@ -63,6 +65,16 @@ def test_readmes_recipe_runs_whole(tmp_path: Path) -> None:
     megatron_ext(tmp_path, "convert", "hf-to-megatron", "stable-hf", "stable-again")
     assert "the same model" in megatron_ext(tmp_path, "convert", "check", "stable-again", "stable-hf", "--tensors-only")
 
+    # What a branch says; the reinforcement learning from it, done; one of its steps again, from its record.
+    said = megatron_ext(
+        tmp_path, "generate", "runs/mine/decay_short", "--template", "dialogue", "--prompt", "What is 12+25?", "--max-tokens", "8"
+    )
+    assert "8 tokens" in said
+    assert "nothing to do" in megatron_ext(tmp_path, "rl", "runs/mine/rl_short")
+    replayed = megatron_ext(tmp_path, "replay", "runs/mine/rl_short", "--step", "1", "--set", "objective.clip_high=0.28")
+    assert "equal to the record, bit for bit" in replayed
+    assert "objective.clip_high=0.28" in replayed
+
     # One stage by hand, from nothing: the same losses, bit for bit.
     run = folder / "decay_long"
     before = [record["loss"] for record in read_metrics(run / "metrics.jsonl", "train")]
@@ -74,4 +86,4 @@ def test_readmes_recipe_runs_whole(tmp_path: Path) -> None:
     assert read_done(open_run(run))["tokens"] == 8 * 512
     assert "nothing to do" in megatron_ext(tmp_path, "train", str(run))
     drawn = megatron_ext(tmp_path, *launch)
-    assert "[10/10] report: report\n" in drawn  # older than what it reads, so drawn again
+    assert "[15/15] report: report\n" in drawn  # older than what it reads, so drawn again

@@ -17,6 +17,7 @@ from megatron_ext.metrics import read_metrics
 from megatron_ext.provenance import read_manifest
 
 TRAINED = ("base", "stable", "decay_long", "decay_short", "decay_hybrid")
+LEARNT = ("rl_base", "rl_stable", "rl_long", "rl_short", "rl_hybrid")
 STEPS = {"base": 6, "stable": 12, "decay_long": 8, "decay_short": 8, "decay_hybrid": 8}
 
 
@@ -40,10 +41,10 @@ def last_checkpoint(runs: Path, stage: str) -> Path:
 
 
 def test_every_stage_is_done_and_the_page_is_there(runs):
-    for stage in (*TRAINED, "text", "tokenizer", "corpus", "report"):
+    for stage in (*TRAINED, *LEARNT, "text", "tokenizer", "corpus", "report"):
         assert (runs / "smoke" / stage / "DONE").is_file()
     page = runs / "smoke" / "report" / "index.html"
-    assert all(stage in page.read_text() for stage in TRAINED)
+    assert all(stage in page.read_text() for stage in (*TRAINED, *LEARNT))
     assert "index.html" in (runs / "stdout.txt").read_text().splitlines()[-1]
     json.loads((runs / "smoke" / "report" / "summary.json").read_text())
 
@@ -55,6 +56,21 @@ def test_every_step_was_taken_once_and_the_tokens_add_up(runs):
         assert [r["tokens"] for r in records] == [512 * r["step"] for r in records]
     lineage = {stage: read_manifest(last_checkpoint(runs, stage)).lineage_tokens for stage in TRAINED}
     assert lineage == {"base": 3072, "stable": 9216, "decay_long": 13312, "decay_short": 13312, "decay_hybrid": 13312}
+
+
+def test_each_start_learns_and_is_scored_before_and_after_under_the_cap_of_its_step(runs):
+    for stage in LEARNT:
+        folder = runs / "smoke" / stage
+        steps = read_metrics(folder / "metrics.jsonl", "rl")
+        assert [(one["step"], one["num_responses"]) for one in steps] == [(1, 8), (2, 8)]
+        assert [one["cap_tokens"] for one in steps] == ([8, 16] if stage in ("rl_long", "rl_hybrid") else [8, 8])
+        assert all(one["token_mult_prob_error"] is None or abs(one["token_mult_prob_error"] - 1) < 1e-4 for one in steps)
+        scores = read_metrics(folder / "metrics.jsonl", "rl_validation")
+        assert [one["step"] for one in scores] == [0, 1, 2]
+        assert {one["num_problems"] for one in scores} == {20}
+        parent = read_manifest(last_checkpoint(runs, stage)).parent
+        assert parent is not None
+        assert parent.stage == {"base": "base", "stable": "stable"}.get(stage[3:], f"decay_{stage[3:]}")
 
 
 def test_the_branches_start_from_the_one_stable_checkpoint(runs):
