@@ -26,6 +26,7 @@ class RLPlan(ParallelPlan):
         True  # groups without a difference have no gradient: leave them out of the pass (statistics then are of the others)
     )
     engine: EngineName = "megatron"
+    validation_engine: Literal["same", "vllm_process"] = "same"  # one of its own validates beside the next step; it needs room beside
     engine_slots: int = 256  # responses that one model copy samples at a time
     engine_memory_share: float = 0.5  # of a GPU, for vLLM
     grading_workers: int = 2

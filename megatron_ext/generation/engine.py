@@ -90,6 +90,11 @@ class Engine(Protocol):
 def generate_all(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
     """Answer all requests; the generations in the order of the requests."""
     engine.submit(requests)
+    return collect(engine, requests)
+
+
+def collect(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
+    """Wait for the answers to requests that were submitted, and no others with them; in the order of the requests."""
     found: dict[int, Generation] = {}
     while len(found) < len(requests):
         ended = engine.poll()

@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_ext.config.stages import RLStage
 from megatron_ext.distributed import Groups
-from megatron_ext.generation.engine import Engine, Generation, Request, generate_all
+from megatron_ext.generation.engine import Engine, Generation, Request, collect
 from megatron_ext.rl.batch import Sample
 from megatron_ext.rl.update import UpdateResult, policy_update, score
 from megatron_ext.training.state import TrainState
@@ -29,15 +29,17 @@ class Actor:
     reference: list[GPTModel] | None = None
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
-        """Answers in the order of the requests, on rank 0; nothing on the others. Requests with one prompt go to one model copy."""
-        copies, own = self.groups.plan.data_parallel, []
-        group, before = -1, None
-        for request in requests:
-            group, before = (group if request.prompt == before else group + 1), request.prompt
-            if group % copies == self.groups.data_rank:
-                own.append(request)
-        assert self.engine is not None, "nothing to sample with"
-        answered = generate_all(self.engine, own)
+        """Answers in the order of the requests, on rank 0; nothing on the others."""
+        self.ask(requests)
+        return self.answers(requests)
+
+    def ask(self, requests: Sequence[Request]) -> None:
+        """Submit requests to the engines of the model copies; those with one prompt to one of them."""
+        self._engine.submit(self._own(requests))
+
+    def answers(self, requests: Sequence[Request]) -> list[Generation]:
+        """Wait for the answers to what was asked; as `generate`."""
+        answered = collect(self._engine, self._own(requests))
         speaks = self.groups.tensor_rank == 0 and self.groups.pipeline_rank == 0
         gathered: list[list[Generation]] | None = [[]] * self.groups.plan.num_ranks if self.groups.rank == 0 else None
         dist.gather_object(answered if speaks else [], gathered)
@@ -45,6 +47,21 @@ class Actor:
             return []
         by_id = {one.id: one for answers in gathered for one in answers}
         return [by_id[request.id] for request in requests]
+
+    @property
+    def _engine(self) -> Engine:
+        assert self.engine is not None, "nothing to sample with"
+        return self.engine
+
+    def _own(self, requests: Sequence[Request]) -> list[Request]:
+        """This model copy's part."""
+        copies, own = self.groups.plan.data_parallel, []
+        group, before = -1, None
+        for request in requests:
+            group, before = (group if request.prompt == before else group + 1), request.prompt
+            if group % copies == self.groups.data_rank:
+                own.append(request)
+        return own
 
     def score(self, samples: Sequence[Sample], reference: bool = False) -> list[npt.NDArray[np.float32]]:
         """Log-probabilities of the responses under the weights as they are, or the reference's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.core.models.gpt import GPTModel
@@ -44,11 +44,15 @@ class Begun:
     files: dict[str, bytes]  # what every checkpoint carries
     tokenizer_hash: str
     hand_over: HandOver
+    validator: Actor  # the actor itself, or with an engine of its own
+    validator_hand_over: HandOver
 
     def close(self) -> None:
         """End engine and grading workers."""
-        if self.actor.engine is not None:
-            self.actor.engine.close()
+        engines = {id(actor.engine): actor.engine for actor in (self.actor, self.validator)}
+        for engine in engines.values():
+            if engine is not None:
+                engine.close()
         if self.source.pool is not None:
             self.source.pool.close()
 
@@ -69,12 +73,18 @@ def begin_learning(run: Run, groups: Groups, attempt: Attempt) -> Begun:
     check_template(chosen, tokenizer, began.path)
     engine, hand_over = make_engine(stage, began.state, groups, tokenizer, files, attempt.path / f"engine.rank{groups.rank}.txt")
     actor = Actor(stage, groups, began.state, engine, frozen_reference(run, groups))
+    validator, validator_hand_over = actor, hand_over
+    if stage.plan.validation_engine == "vllm_process":
+        beside = replace(stage, plan=replace(stage.plan, engine="vllm_process"))
+        log = attempt.path / f"validation_engine.rank{groups.rank}.txt"
+        second, validator_hand_over = make_engine(beside, began.state, groups, tokenizer, files, log)
+        validator = replace(actor, engine=second)
     pool = grading_pool(stage.plan) if groups.rank == 0 else None
     made = _prompts_on_rank_0(run, groups, chosen, tokenizer)
     source = RolloutSource(run, actor, made[0], chosen.stop_strings, pool)
     heldout = [HeldOutSet(one.name, found) for one, found in zip(stage.validation.sets, made[1:], strict=True)]
     progress = _progress(stage, began, manifest)
-    return Begun(began, progress, actor, source, heldout, chosen, files, manifest.tokenizer_hash, hand_over)
+    return Begun(began, progress, actor, source, heldout, chosen, files, manifest.tokenizer_hash, hand_over, validator, validator_hand_over)
 
 
 def carried_tokenizer(path: Path, manifest: Manifest) -> tuple[dict[str, bytes], Tokenizer]:

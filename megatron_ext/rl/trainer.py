@@ -24,7 +24,7 @@ from megatron_ext.rl.measures import rollout_record
 from megatron_ext.rl.progress import RLProgress, progress_to_json
 from megatron_ext.rl.rollouts import Batch, Judged, samples
 from megatron_ext.rl.update import UpdateResult
-from megatron_ext.rl.validation import validate
+from megatron_ext.rl.validation import Asked, ask, scores
 from megatron_ext.runs import Run
 from megatron_ext.training.hooks import Context, Hook, Hooks, say
 from megatron_ext.training.saving import Saver, lineage
@@ -58,11 +58,13 @@ def _learn(loop: _Loop) -> RLProgress:
         loop.hand_over(progress)
         seconds = {"update": time.perf_counter() - updating, "step": time.perf_counter() - started}
         loop.event("step", progress, loop.metrics(batch, judged, results, progress, {**batch.seconds, **seconds}))
+        loop.take_scores()
         if progress.step % stage.plan.validate_every_steps == 0 or progress.step == stage.steps:
             loop.validate(progress)
         if progress.step % stage.plan.save_every_steps == 0 or progress.step == stage.steps:
             loop.save(progress)
         loop.settle(progress, wait=not stage.plan.asynchronous_saves)
+    loop.take_scores()
     loop.settle(progress, wait=True)
     dist.barrier()  # rank 0 keeps the store from which the others hear that the last save was published
     loop.event("end", progress)
@@ -82,6 +84,7 @@ class _Loop:
     def __post_init__(self) -> None:
         self.source, self.actor = self.begun.source, self.begun.actor
         self.canary_gap: float | None = None  # of the last hand-over
+        self.asked: tuple[Asked, RLProgress] | None = None  # a validation under way
         self.saver = Saver(self.run, self.groups, self.attempt, self.actor.state, self.begun.files)
 
     def event(self, name: str, progress: RLProgress, *arguments: Any) -> None:
@@ -117,13 +120,27 @@ class _Loop:
         }
 
     def validate(self, progress: RLProgress) -> None:
-        stage = self.run.stage
+        """Begin a validation; with an engine of its own it goes on beside the next step, else it is done when this returns."""
+        stage, begun = self.run.stage, self.begun
         cap = stage.validation.cap_tokens or cap_tokens(stage.lengths, progress.lengths)
-        records = validate(self.actor, self.begun.heldout, self.begun.template, cap, self.source.pool)
+        self.take_scores()
+        if begun.validator is not begun.actor:
+            begun.validator_hand_over(progress.updates)
+        self.asked = ask(begun.validator, begun.heldout, begun.template, cap), progress
+        if begun.validator is begun.actor:
+            self.take_scores()
+
+    def take_scores(self) -> None:
+        """Wait for the validation under way, if there is one."""
+        if self.asked is None:
+            return
+        (asked, progress), self.asked = self.asked, None
+        records = scores(self.begun.validator, asked, self.source.pool)
         seen = {"updates": progress.updates, "tokens": progress.tokens, "lineage_tokens": progress.lineage_tokens}
         self.event("validation", progress, [{**record, **seen} for record in records])
 
     def save(self, progress: RLProgress) -> None:
+        self.take_scores()  # else a run that goes on from here would lack them
         self.settle(progress, wait=True)
         pinned = progress.step == self.run.stage.steps
         manifest = partial(rl_manifest, self.run, self.attempt, self.begun, progress, pinned)

@@ -33,6 +33,16 @@ def test_two_steps_end_to_end(start, plan):
     assert len(seen["scores"]) == 2
 
 
+def test_an_engine_of_its_own_validates_beside_the_next_step(start):
+    made = stage(start.path.parent, plan=replace(CPU, validate_every_steps=1))
+    straight = trace(rl_run(start, made, "same engine"))
+    beside = trace(rl_run(start, replace(made, plan=replace(made.plan, validation_engine="vllm_process")), "engine of its own"))
+    assert beside["digests"] == straight["digests"]
+    assert [(step, cap) for step, _, cap in beside["scores"]] == [(step, cap) for step, _, cap in straight["scores"]]
+    differences = [abs(one[1] - other[1]) for one, other in zip(beside["scores"], straight["scores"], strict=True)]
+    assert max(differences) <= 1, "greedy answers differ only where two logits are within rounding"
+
+
 def test_weights_that_did_not_arrive_stop_the_run_at_the_hand_over(start):
     run = rl_run(start, stage(start.path.parent, steps=2, plan=replace(CPU, engine="vllm")), "stale")
     with pytest.raises(AssertionError, match="is not what the engine samples with"):
