@@ -8,7 +8,7 @@ from megatron_ext.config.base import config
 from megatron_ext.errors import ConfigError
 
 FormName = Literal["gsm8k", "math", "olympiad_bench", "amc23", "arithmetic"]
-TemplateName = Literal["plain", "dialogue", "simple", "complex"]
+TemplateName = Literal["plain", "cue", "dialogue", "simple", "complex"]
 RewardName = Literal["correct", "format", "repeat_penalty", "repeat_and_box_penalty"]
 
 

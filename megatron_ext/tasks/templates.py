@@ -1,8 +1,8 @@
 r"""How a question is put to a model, and what ends its reply.
 
 `simple` is a bare cue, `complex` a conversation that says where the answer must stand, both of the shape that the paper's runs
-used, in wording of our own. `plain` is the form of the demo's worked problems: the question and a line break; `dialogue` that of
-its instructions: a conversation without a preamble, for models of few positions.
+used, in wording of our own. `plain` is the form of the demo's worked problems: the question and a line break; `cue` puts one
+word before it, and `dialogue` is that of its instructions, a conversation without a preamble: both for models of few positions.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Template:
 
 
 PLAIN = Template("plain", "{question}\n", ())
+CUE = Template("cue", "Question: {question}\n", ("Question:",))
 DIALOGUE = Template("dialogue", "User: {question} Put the answer in \\boxed{}.\nAssistant:", ("User:", "Assistant:"))
 SIMPLE = Template("simple", "Question:\n{question}\nAnswer:\nLet us work through this one step at a time.\n", ("Question:", "Answer:"))
 COMPLEX = Template(
@@ -47,7 +48,7 @@ COMPLEX = Template(
     "{question}\nAssistant:",
     ("User:", "Assistant:"),
 )
-TEMPLATES = {template.name: template for template in (PLAIN, DIALOGUE, SIMPLE, COMPLEX)}
+TEMPLATES = {template.name: template for template in (PLAIN, CUE, DIALOGUE, SIMPLE, COMPLEX)}
 
 
 def template(name: str) -> Template:

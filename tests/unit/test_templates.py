@@ -34,5 +34,5 @@ def test_a_version_changes_with_text_and_stop_strings() -> None:
 
 def test_a_template_has_a_name() -> None:
     assert template("complex") is COMPLEX
-    with pytest.raises(ConfigError, match="'complx'; there are plain, dialogue, simple, complex"):
+    with pytest.raises(ConfigError, match="'complx'; there are plain, cue, dialogue, simple, complex"):
         template("complx")
