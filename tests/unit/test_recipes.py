@@ -135,10 +135,10 @@ def test_the_demo_is_the_papers_graph(small):
 def test_the_demos_mixtures_and_machine():
     graph = build("demo:demo")
     assert weights_of(graph.stage("stable")) == {"math_web": 0.7, "general_web": 0.1, "short_cot": 0.2}
-    shared = {"math_web": 0.3, "general_web": 0.05, "instruction": 0.1}
-    assert weights_of(graph.stage("decay_long")) == {**shared, "long_cot": 0.55}
-    assert weights_of(graph.stage("decay_short")) == {**shared, "short_cot": 0.55}
-    assert weights_of(graph.stage("decay_hybrid")) == {**shared, "long_cot": 0.3, "short_cot": 0.25}
+    shared = {"math_web": 0.2, "general_web": 0.05, "instruction": 0.1}
+    assert weights_of(graph.stage("decay_long")) == {**shared, "long_cot": 0.65}
+    assert weights_of(graph.stage("decay_short")) == {**shared, "short_cot": 0.65}
+    assert weights_of(graph.stage("decay_hybrid")) == {**shared, "long_cot": 0.3, "short_cot": 0.35}
     for stage in trained(graph):
         assert (stage.plan.device, stage.precision, stage.plan.nodes) == ("cpu", "fp32", 1)
         assert stage.model.vocab_size == graph.stage("tokenizer").vocab_size
