@@ -9,6 +9,8 @@ its longest response ends, as it must. Both sample at temperature 1 from all tok
 `generate` computes behind their ends. Runs alternate; printed are the medians and the median of the ratios.
 
 `--vllm PYTHON` measures vLLM beside them, in the interpreter of an environment that has it.
+
+Shapes: B sequences, S positions, V vocabulary.
 """
 
 from __future__ import annotations
