@@ -1,7 +1,7 @@
 # make test        format, lint, types, tests
 # make test-fast   the tests that take seconds
 # make test-vllm   the tests that need vLLM, in an environment of their own
-# make demo        text -> tokenizer -> corpus -> base -> stable -> three decays -> report, in runs/demo
+# make demo        text -> tokenizer -> corpus -> base -> stable -> three decays -> RL -> report, in runs/demo
 # make demo-clean  forget runs/demo
 #
 # Packages come from wherever pip's own settings say (pip.conf, PIP_INDEX_URL, PIP_FIND_LINKS, ...).

@@ -77,6 +77,7 @@ def rollout(stage: RLStage, step: int, lineage: int) -> dict[str, Any]:
         "lineage_tokens": lineage + tokens, "cap_tokens": cap_at(stage, step - 1), "reward_mean": -0.5 + 0.05 * step, "reward_min": -1.0,
         "reward_max": 1.0, "accuracy": right / SAMPLED, "informative_share": 0.5, "num_prompts": 4, "num_responses": SAMPLED,
         "num_unused": 0, "num_left_out": 0, "removed_problems": 0, "epoch": 0, "rollouts_sha256": "0",
+        "trained_tokens": 800, "canary_gap": None,
         "response_tokens_mean": 25.0, "response_tokens_max": 60, "correct_tokens_mean": 20.0, "truncated_share": 0.125,
         "prompt_tokens_mean": 9.0, "prompt_tokens_max": 12, **VERDICTS, "correct": right,
         "wrong": SAMPLED - right - sum(VERDICTS.values()), "loop_share": 0.0, "box_first_share": 0.0, "text_after_box_share": 0.0,

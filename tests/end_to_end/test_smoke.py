@@ -15,6 +15,7 @@ import pytest
 
 from megatron_ext.metrics import read_metrics
 from megatron_ext.provenance import read_manifest
+from tests.documented_metrics import undocumented
 
 TRAINED = ("base", "stable", "decay_long", "decay_short", "decay_hybrid")
 LEARNT = ("rl_base", "rl_stable", "rl_long", "rl_short", "rl_hybrid")
@@ -65,6 +66,7 @@ def test_each_start_learns_and_is_scored_before_and_after_under_the_cap_of_its_s
         assert [(one["step"], one["num_responses"]) for one in steps] == [(1, 8), (2, 8)]
         assert [one["cap_tokens"] for one in steps] == ([8, 16] if stage in ("rl_long", "rl_hybrid") else [8, 8])
         assert all(one["token_mult_prob_error"] is None or abs(one["token_mult_prob_error"] - 1) < 1e-4 for one in steps)
+        assert undocumented(read_metrics(folder / "metrics.jsonl")) == []
         scores = read_metrics(folder / "metrics.jsonl", "rl_validation")
         assert [one["step"] for one in scores] == [0, 1, 2]
         assert {one["num_problems"] for one in scores} == {20}
