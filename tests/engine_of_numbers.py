@@ -13,6 +13,7 @@ import torch
 
 from megatron_ext.errors import ConfigError, TrainingError
 from megatron_ext.generation.engine import EngineStats, Generation, Request
+from megatron_ext.generation.read_back import EMBEDDING, HEAD, fingerprint
 
 REFUSED, DIES, KILLED, HANGS = 1001, 1002, 1003, 1004  # a prompt's first token
 LAST_WORDS = "the engine's last words"
@@ -29,6 +30,7 @@ class EngineOfNumbers:
             raise ConfigError(refuses)
         self._running: list[list[Any]] = []
         self._total, self._version = 0, 0
+        self._tensors: dict[str, torch.Tensor] = {}
 
     @property
     def is_busy(self) -> bool:
@@ -69,14 +71,20 @@ class EngineOfNumbers:
 
     def update_weights(self, version: int, tensors: Iterable[Any] | None) -> None:
         total = 0
+        self._tensors = {}
         for bucket in tensors or ():
             for name, tensor in bucket.tensors:
                 if name == "refused":
                     raise TrainingError("a tensor is refused")
                 if name == "hangs":
                     time.sleep(3600)
+                self._tensors[name] = tensor.clone()
                 total += int(tensor.to(torch.float64).sum())
         self._total, self._version = total, version
+
+    def held(self, names: Sequence[str]) -> dict[str, int]:
+        held = {HEAD: self._tensors[EMBEDDING], **self._tensors}  # tied
+        return {name: fingerprint(held[name], torch.float32) for name in names}
 
     def stats(self) -> EngineStats:
         return EngineStats(weight_version=self._version)

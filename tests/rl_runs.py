@@ -18,6 +18,8 @@ from megatron_ext.config.rl import CapFrom, ProgressLengths, Rollouts
 from megatron_ext.config.rl_plan import RLPlan
 from megatron_ext.config.stages import ConvertStage, RLStage, Weights
 from megatron_ext.config.tasks import ProblemSet, Validation
+from megatron_ext.errors import MegatronExtError
+from megatron_ext.generation.engine import collect
 from megatron_ext.runs import Run, open_run, write_run
 from tests import ranks, training_runs
 from tests.small_models import VOCAB_SIZE, random_model
@@ -124,12 +126,13 @@ def rl_run(start: Run, made: RLStage, name: str = "rl") -> Run:
     return write_run(start.path.parent / name, "test", replace(made, name=name), {"start": start.path})
 
 
-def trace(run: Run, kill_after: int | None = None, fault: str = "") -> dict[str, Any]:
+def trace(run: Run, kill_after: int | None = None, fault: str = "", kill_in: tuple[str, int] | None = None) -> dict[str, Any]:
     """Run it on its plan's ranks; rank 0's steps, rollouts and scores, and the digests of all ranks' weights and moments.
 
-    `kill_after` sends SIGKILL to every rank once the checkpoint of that step is published.
+    `kill_after` sends SIGKILL to every rank once the checkpoint of that step is published, `kill_in` in the midst of a step's
+    'sampling', 'grading' (rank 0 alone) or 'updates'.
     """
-    results = ranks.run(_learn, run.stage.plan, str(run.path), kill_after, fault)
+    results = ranks.run(_learn, run.stage.plan, str(run.path), kill_after, fault, kill_in)
     return {**results[0], "digests": [result["digests"] for result in results]}
 
 
@@ -139,7 +142,20 @@ EXACT = (
 )  # fmt: skip
 
 
-def _learn(groups: Any, path: str, kill_after: int | None, fault: str) -> dict[str, Any]:
+def failures(run: Run, fault: str) -> list[str]:
+    """How a run with a fault ends, on each rank."""
+    return ranks.run(_failure, run.stage.plan, str(run.path), fault)
+
+
+def _failure(groups: Any, path: str, fault: str) -> str:
+    try:
+        _learn(groups, path, None, fault)
+    except MegatronExtError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was amiss"
+
+
+def _learn(groups: Any, path: str, kill_after: int | None, fault: str, kill_in: tuple[str, int] | None = None) -> dict[str, Any]:
     from megatron_ext.attempts import begin_attempt
     from megatron_ext.distributed import broadcast_object
     from megatron_ext.rl import begin, trainer
@@ -148,7 +164,7 @@ def _learn(groups: Any, path: str, kill_after: int | None, fault: str) -> dict[s
 
     run = open_run(Path(path))
     attempt = broadcast_object(begin_attempt(run) if groups.rank == 0 else None)
-    seen: dict[str, Any] = {"steps": [], "scores": [], "start": None}
+    seen: dict[str, Any] = {"steps": [], "scores": [], "start": None, "order": []}
 
     class Watch(Hook):
         def start(self, context: Any) -> None:
@@ -166,9 +182,54 @@ def _learn(groups: Any, path: str, kill_after: int | None, fault: str) -> dict[s
 
     begun = begin.begin_learning(run, groups, attempt)
     if fault:
-        (FAULTS | ENGINE_FAULTS)[fault](begun)
+        (FAULTS | ENGINE_FAULTS | FAILURES)[fault](begun)
+    if kill_in:
+        _kill_in(begun, *kill_in)
+    _watch_order(begun, seen["order"])
     progress = trainer.learn(run, groups, attempt, begun, [MetricsHook(KINDS), Watch()])
     return {**seen, "progress": progress, "digests": training_runs.digests(begun.actor.state)}
+
+
+def _kill_in(begun: Any, what: str, step: int) -> None:
+    """Die at the second call of a step of what polls the engine, or updates; at the first that grades."""
+    source, now, calls = begun.source, [0], [0]
+    owner, name, at_call = {
+        "sampling": (begun.actor.engine, "poll", 2),
+        "grading": (source.pool, "grade_all", 1),
+        "updates": (begun.actor, "update", 2),
+    }[what]
+    if owner is None:  # the pool is rank 0's
+        return
+    next_batch, true = source.next, getattr(owner, name)
+
+    def counted(progress: Any) -> Any:
+        now[0], calls[0] = progress.step + 1, 0
+        return next_batch(progress)
+
+    def deadly(*arguments: Any) -> Any:
+        calls[0] += 1
+        if (now[0], calls[0]) == (step, at_call):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return true(*arguments)
+
+    source.next = counted
+    setattr(owner, name, deadly)
+
+
+def _watch_order(begun: Any, order: list[str]) -> None:
+    """Note what the loop asks of engine and trainer, in order."""
+
+    def noted(name: str) -> Any:
+        true = getattr(begun.actor, name)
+
+        def call(*arguments: Any) -> Any:
+            order.append(name)
+            return true(*arguments)
+
+        return call
+
+    for name in ("ask", "answers", "update"):
+        setattr(begun.actor, name, noted(name))
 
 
 def _forget_lengths(begun: Any) -> None:
@@ -185,22 +246,51 @@ def _forget_moments(begun: Any) -> None:
             state["exp_avg"].zero_()
 
 
-def _stale_weights(begun: Any) -> None:
-    """The engine gets the weights of the beginning again and again."""
-    from megatron_ext.model.bucket import Bucket
+class _Elsewhere:
+    """Stands for an engine with weights of its own: it samples with those it had when it was asked, whenever its answers are fetched."""
 
-    engine = begun.actor.engine
-    update, kept = engine.update_weights, []
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._found = engine, []
 
-    def stale(version: int, tensors: Any) -> None:
-        if not kept:
-            kept.extend(Bucket(tuple((name, tensor.clone()) for name, tensor in bucket.tensors)) for bucket in tensors)
-        else:
-            list(tensors)
-        update(version, iter(kept))
+    def submit(self, requests: Any) -> None:
+        self._engine.submit(requests)
+        self._found += collect(self._engine, requests)
 
-    engine.update_weights = stale
+    def poll(self) -> Any:
+        found, self._found = self._found, []
+        return found
+
+    def update_weights(self, version: int, tensors: Any) -> None:
+        self._engine.update_weights(version, tensors)
+
+    def close(self) -> None:
+        self._engine.close()
 
 
+def _elsewhere(begun: Any) -> None:
+    begun.actor.engine = _Elsewhere(begun.actor.engine)
+
+
+def _refusing_disk(begun: Any) -> None:
+    """Where the records should go stands a file."""
+    if begun.actor.groups.rank == 0:
+        (begun.source.run.path / "rollouts").write_text("")
+
+
+def _defect_in_grading(begun: Any) -> None:
+    if begun.source.pool is not None:
+        begun.source.pool.grade_all = lambda _: [][0]
+
+
+def _defect_in_sampling(begun: Any) -> None:
+    """On the last rank alone."""
+    if begun.actor.groups.rank == 1:
+        begun.actor.engine.poll = lambda: [][0]
+
+
+FAILURES = {
+    "the disk refuses": _refusing_disk, "a defect in grading": _defect_in_grading, "a defect in sampling": _defect_in_sampling,
+    "an engine of its own": _elsewhere,
+}  # fmt: skip
 FAULTS = {"length schedule begins again": _forget_lengths, "other random streams": _forget_order, "moments lost": _forget_moments}
-ENGINE_FAULTS = {"weights stay behind": _stale_weights}
+ENGINE_FAULTS: dict[str, Any] = {}  # those that need an engine of its own

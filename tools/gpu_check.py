@@ -15,6 +15,8 @@ precision in a process of its own, all through the code that trains (`training.s
                  use deterministic kernels for this)
     nan          a gradient that is not a number, and weights that are not, must each stop the step before it moves a weight
     parity       a toy from the same seed on the GPU and on the CPU: losses and gradient norm within a tolerance
+    rl           a toy learns from rewards: packed responses against one a micro-batch, the engine's log-probabilities against
+                 the trainer's, three steps of GRPO (tools/gpu_check_rl.py)
 
 Prints one JSON object. Exit status: 0 all parts passed, 1 some did not, 2 they could not run here.
 """
@@ -48,8 +50,9 @@ from megatron_ext.config.stages import Scratch, TrainStage
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.provenance import Manifest, environment
 from recipes import models
+from tools.gpu_check_rl import rl
 
-PARTS = ("speed", "checkpoint", "nan", "parity")
+PARTS = ("speed", "checkpoint", "nan", "parity", "rl")
 WARM_UP_STEPS = 3  # kernels are compiled and chosen in the first
 CHECKPOINT_STEPS, PARITY_STEPS = 3, 5
 LEARNING_RATE = 3e-4
@@ -308,6 +311,7 @@ def run_part(arguments: argparse.Namespace) -> dict[str, Any]:
         "nan": (nan, small_stage(arguments)),
         "parity": (trace, toy_stage(precision, arguments.rehearse)),
         "reference": (trace, toy_stage("fp32", True)),
+        "rl": (rl, toy_stage(precision, arguments.rehearse)),
     }
     part, stage = stages[arguments.run]
     device.activate(stage.plan.device, stage.plan.threads_per_rank)

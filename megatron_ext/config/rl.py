@@ -202,3 +202,15 @@ class Rollouts:
     def responses_per_step(self) -> int:
         """Responses of one rollout step."""
         return self.prompts_per_step * self.responses_per_prompt
+
+
+def check_staleness(rollouts: Rollouts, objective: Objective) -> None:
+    """`ConfigError` for rollouts of older weights whose tokens nothing weighs by the weights that sampled them.
+
+    The old log-probabilities of an update are the trainer's, so neither ratio nor clip sees the lag: the importance weight alone does.
+    """
+    if rollouts.max_staleness and objective.importance_cap is None:
+        raise ConfigError(
+            f"rollouts: max_staleness={rollouts.max_staleness} needs objective.importance_cap: without it nothing corrects for the older "
+            f"weights that sampled; set it (2 is usual), or max_staleness=0"
+        )

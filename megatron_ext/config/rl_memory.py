@@ -2,7 +2,7 @@
 
 Pure arithmetic for a plan. The update is a training step whose micro-batch is one packed sequence of `tokens_per_micro_batch`,
 so `config.memory` counts it. The engine's cache, with every slot at its longest, takes turns with activations and logits: it is
-given back before an update. vLLM keeps its share of the GPU throughout.
+given back before an update. vLLM keeps its share of the GPU throughout, and so does another one that validates.
 How long responses are is not known before: whatever depends on it is counted as if every prompt were as long as allowed and
 every response as long as its cap, and is an upper bound.
 """
@@ -29,7 +29,7 @@ class RLMemory(Memory):
 
     reference_bytes: int  # frozen weights that the KL penalty compares with
     cache_bytes: int  # of our own engine: keys and values of what it samples
-    vllm_bytes: int | None  # its share of the GPU, 0 where it is not the engine; None: the share of an unknown GPU
+    vllm_bytes: int | None  # the shares of the GPU of all vLLM engines, 0 where there is none; None: of an unknown GPU
 
     @property
     def total_bytes(self) -> int:
@@ -60,9 +60,9 @@ def _of_place(stage: RLStage, place: int, gpu_memory_bytes: int | None) -> RLMem
 
 
 def _vllm_bytes(plan: RLPlan, gpu_memory_bytes: int | None) -> int | None:
-    if plan.engine == "megatron":
+    if not plan.num_vllm_engines:
         return 0
-    return None if gpu_memory_bytes is None else int(plan.engine_memory_share * gpu_memory_bytes)
+    return None if gpu_memory_bytes is None else plan.num_vllm_engines * int(plan.engine_memory_share * gpu_memory_bytes)
 
 
 def _as_training(plan: ParallelPlan) -> TrainPlan:

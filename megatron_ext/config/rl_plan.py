@@ -18,6 +18,7 @@ class RLPlan(ParallelPlan):
 
     engine: `megatron` generates with the trainer's own weights, in its processes and under its layout; `vllm` in the process of
     rank 0 of each model copy; `vllm_process` in a process beside it.
+    validation_engine: `vllm_process` is a second engine, which validates beside the next step; a save waits for its scores.
     """
 
     tokens_per_micro_batch: int = 16_384  # prompts and responses, packed; the released scripts' 16,384 a GPU
@@ -26,13 +27,13 @@ class RLPlan(ParallelPlan):
         True  # groups without a difference have no gradient: leave them out of the pass (statistics then are of the others)
     )
     engine: EngineName = "megatron"
-    validation_engine: Literal["same", "vllm_process"] = "same"  # one of its own validates beside the next step; it needs room beside
+    validation_engine: Literal["same", "vllm_process"] = "same"
     engine_slots: int = 256  # responses that one model copy samples at a time
-    engine_memory_share: float = 0.5  # of a GPU, for vLLM
+    engine_memory_share: float = 0.5  # of a GPU, for each vLLM
     grading_workers: int = 2
     grading_seconds: float = 2.0  # of processor time, for one answer; the slowest of 3,495 honest ones took 0.16 s
     grading_memory_bytes: int = 2 * 2**30  # of one worker
-    keep_rollouts_bytes: int | None = None  # of recorded rollouts, compressed; the oldest go first; None: all are kept
+    keep_rollouts_bytes: int | None = None  # of recorded rollouts; the oldest go first, but for those behind checkpoints; None: all
 
     def __post_init__(self) -> None:
         check_layout(self)
@@ -41,6 +42,11 @@ class RLPlan(ParallelPlan):
             raise ConfigError(f"plan: grading_seconds is {self.grading_seconds}, must be positive")
         if not 0 < self.engine_memory_share < 1:
             raise ConfigError(f"plan: engine_memory_share is {self.engine_memory_share}, must lie in (0, 1)")
+        if self.device == "gpu" and self.num_vllm_engines * self.engine_memory_share >= 1:
+            raise ConfigError(
+                f"plan: engine={self.engine} and validation_engine={self.validation_engine} take engine_memory_share "
+                f"{self.engine_memory_share} of a GPU each, which leaves nothing to train with; lower it, or use validation_engine=same"
+            )
         if self.keep_rollouts_bytes is not None and self.keep_rollouts_bytes < 0:
             raise ConfigError(f"plan: keep_rollouts_bytes is {self.keep_rollouts_bytes}, must not be negative")
         if self.engine == "vllm" and self.num_ranks > 1:
@@ -50,6 +56,11 @@ class RLPlan(ParallelPlan):
             )
         if self.context > 1:
             raise ConfigError(f"plan: context {self.context} in reinforcement learning; responses are packed, not split: use context=1")
+
+    @property
+    def num_vllm_engines(self) -> int:
+        """Of each model copy."""
+        return (self.engine != "megatron") + (self.validation_engine != "same")
 
 
 def check_rl_plan(model: ModelConfig, longest_tokens: int, precision: Precision, plan: RLPlan) -> None:

@@ -17,7 +17,7 @@ from megatron_ext.config.mixture import Mixture
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import Optimizer
 from megatron_ext.config.plan import Precision, TrainPlan, check_plan
-from megatron_ext.config.rl import Lengths, Objective, Rollouts
+from megatron_ext.config.rl import Lengths, Objective, Rollouts, check_staleness
 from megatron_ext.config.rl_plan import RLPlan, check_rl_plan
 from megatron_ext.config.schedule import Schedule
 from megatron_ext.config.tasks import ProblemSet, RewardName, TemplateName, Validation
@@ -255,6 +255,7 @@ class RLStage:
                 raise ConfigError(f"stage {self.name}: {key} is {getattr(self, key)}, must be at least {least}")
         if not 0 < self.learning_rate < 1:
             raise ConfigError(f"stage {self.name}: learning_rate is {self.learning_rate}, must lie in (0, 1)")
+        check_staleness(self.rollouts, self.objective)
         self._check_positions()
         check_rl_plan(self.model, self.longest_tokens, self.precision, self.plan)
 

@@ -1,6 +1,7 @@
 """A canary for every hand-over of weights: fixed prompts, a few greedy tokens, their log-probabilities against the trainer's own.
 
-An engine that kept a part of the old weights, or keys and values that old weights computed, samples on without an error.
+An engine that computes otherwise than the trainer, or keeps keys and values that old weights computed, samples on without an error.
+That it holds the new weights is for `read_back` to say: one update at a small learning rate is within this gap.
 Most of the tokens are decoded one by one, because engines have been seen that were right in the first pass alone.
 """
 
@@ -39,20 +40,20 @@ def canary_requests(tokenizer: Tokenizer, prompt_tokens: int = PROMPT_TOKENS, ne
     return [Request(id=-1 - i, prompt=prompt, cap_tokens=new_tokens, sampling=greedy, seed=0) for i, prompt in enumerate(prompts)]
 
 
+def decoded(generations: Sequence[Generation]) -> bool:
+    """Whether any token was decoded: a sound model may end all of the texts at once."""
+    return any(len(one.tokens) > 1 for one in generations)
+
+
 def check_canary(generations: Sequence[Generation], trainer_logprobs: Sequence[npt.NDArray[np.float32]], largest_gap: float) -> float:
     """The largest difference between engine and trainer over all tokens, in nats.
 
     `trainer_logprobs` are the trainer's of the same tokens, a row each, at temperature 1. `TrainingError` above `largest_gap`, for
-    numbers that are not finite, for tokens of more than one version of the weights, and where no token was decoded.
+    numbers that are not finite, and for tokens of more than one version of the weights.
     """
     versions = sorted({int(version) for one in generations for version in one.weight_versions})
     if len(versions) != 1:
         raise TrainingError(f"the canary was sampled with weights of versions {versions}: it must run alone, between two hand-overs")
-    if all(len(one.tokens) < 2 for one in generations):
-        raise TrainingError(
-            f"the canary of weights version {versions[0]} ended every response at once, so that nothing was decoded: the model has "
-            f"collapsed to its end token; go back to an earlier checkpoint"
-        )
     gaps = [np.abs(one.logprobs - own).max() for one, own in zip(generations, trainer_logprobs, strict=True)]
     gap = float(np.max(gaps))  # NaN stays NaN
     if not gap <= largest_gap:

@@ -107,6 +107,11 @@ class EngineProcess:
         self._send(None, doing)
         self._answer(doing, self._silence_seconds)
 
+    def held(self, names: Sequence[str]) -> dict[str, int]:
+        """See `ReadableEngine.held`."""
+        found: dict[str, int] = self._ask("held", list(names))
+        return found
+
     def stats(self) -> EngineStats:
         """Counts as of the last answer."""
         return self._stats

@@ -17,14 +17,15 @@ from typing import Any, Protocol
 import torch
 
 from megatron_ext.errors import MegatronExtError
-from megatron_ext.generation.engine import Engine, Generation
+from megatron_ext.generation.engine import Generation
+from megatron_ext.generation.read_back import ReadableEngine
 from megatron_ext.model.bucket import Bucket
 
 LOOK_SECONDS = 1.0  # how often an idle server looks whether its caller still lives
 WORKING_SECONDS = 1.0  # at least between two signs of life
 
 
-class SteppedEngine(Engine, Protocol):
+class SteppedEngine(ReadableEngine, Protocol):
     """An engine that can be stopped between two forward passes to listen."""
 
     @property
@@ -63,6 +64,8 @@ class _Server:
             self._engine.submit(value)
         elif order == "poll":
             return self._poll()
+        elif order == "held":
+            return self._engine.held(value)
         else:
             assert order == "update", order
             buckets = received(self._channel)

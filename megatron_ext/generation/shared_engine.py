@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.distributed import Groups
 from megatron_ext.errors import MegatronExtError
-from megatron_ext.generation.engine import Engine, EngineStats, Generation, Request
+from megatron_ext.generation.engine import EngineStats, Generation, Request
+from megatron_ext.generation.read_back import ReadableEngine, check_held, drawn_names, watched
 from megatron_ext.model.bucket import Bucket
 from megatron_ext.model.handover import hugging_face_buckets
 
@@ -24,12 +26,12 @@ Answer = TypeVar("Answer")
 class SharedEngine:
     """See `generation.engine.Engine`. Every rank of the copy makes it, and makes the same calls."""
 
-    def __init__(self, make: Callable[[], Engine], groups: Groups) -> None:
+    def __init__(self, make: Callable[[], ReadableEngine], groups: Groups) -> None:
         """`make` is called on the copy's first rank alone."""
         self._group = groups.collection.mp
         self._leader = dist.get_process_group_ranks(self._group)[0]
         self._leads = groups.rank == self._leader
-        self._engine: Engine | None = None
+        self._engine: ReadableEngine | None = None
         self._stats = EngineStats()
 
         def make_own() -> None:
@@ -62,6 +64,10 @@ class SharedEngine:
                 pass
         self._together(update)
 
+    def held(self, names: Sequence[str]) -> dict[str, int]:
+        """See `ReadableEngine.held`."""
+        return self._together(lambda: self._own.held(names))
+
     def stats(self) -> EngineStats:
         """As of the last call that all ranks made."""
         return self._stats
@@ -72,7 +78,7 @@ class SharedEngine:
             self._engine.close()
 
     @property
-    def _own(self) -> Engine:
+    def _own(self) -> ReadableEngine:
         assert self._engine is not None, "another rank's engine"
         return self._engine
 
@@ -91,6 +97,19 @@ class SharedEngine:
         return answer  # type: ignore[return-value]
 
 
-def hand_over(engine: Engine, chunks: Sequence[GPTModel], model: ModelConfig, groups: Groups, version: int, bucket_bytes: int) -> None:
-    """Give an engine the running model's weights; every rank of the copy calls it, with its `SharedEngine` where there are several."""
-    engine.update_weights(version, hugging_face_buckets(chunks, model, groups, bucket_bytes))
+def hand_over(
+    engine: ReadableEngine,
+    chunks: Sequence[GPTModel],
+    model: ModelConfig,
+    groups: Groups,
+    version: int,
+    bucket_bytes: int,
+    dtype: torch.dtype,
+) -> None:
+    """Give an engine of `dtype` the running model's weights; every rank of the copy calls it.
+
+    Where there are several, `engine` is their `SharedEngine`. `TrainingError` where what is read back of them is not what was sent.
+    """
+    names, sent = drawn_names(model, version), dict[str, int]()
+    engine.update_weights(version, watched(hugging_face_buckets(chunks, model, groups, bucket_bytes), names, dtype, sent))
+    check_held(engine.held(names), sent, version)

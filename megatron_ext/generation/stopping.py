@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ext.errors import ConfigError
+from megatron_ext.tasks.prompts import check_stop_strings
 from megatron_ext.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"  # what a part of a character decodes to
@@ -74,16 +74,3 @@ class StopStrings:
 def response_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """The text of sampled tokens; rows that a model has beyond its tokenizer's ids have none."""
     return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size])
-
-
-def check_stop_strings(tokenizer: Tokenizer, stop_strings: Sequence[str]) -> None:
-    """`ConfigError` for a stop string that no response can hold: an empty one, or one that the tokenizer does not give back."""
-    for string in stop_strings:
-        if not string:
-            raise ConfigError("stop strings: one is empty, and would end every response at once; leave it out")
-        back = tokenizer.decode(tokenizer.encode(f"a{string}a"))  # between letters: SentencePiece drops spaces at the edges
-        if string not in back:
-            raise ConfigError(
-                f"stop strings: the tokenizer cannot produce {string!r} (between two letters it comes back as {back!r}), "
-                f"so it would never end a response; use characters of the tokenizer's vocabulary"
-            )

@@ -23,15 +23,15 @@ from megatron_ext.config.model import ModelConfig
 from megatron_ext.conversion.assets import export_files
 from megatron_ext.errors import ConfigError, TrainingError
 from megatron_ext.generation.engine import EngineStats, FinishReason, Generation, Request
+from megatron_ext.generation.read_back import EMBEDDING, HEAD, fingerprint
 from megatron_ext.generation.running import check_requests
-from megatron_ext.generation.stopping import check_stop_strings
 from megatron_ext.generation.vllm_start import VllmSettings, require_vllm, start
 from megatron_ext.generation.vllm_surroundings import default_group_kept, undisturbed
+from megatron_ext.generation.vllm_weights import held_tensor
 from megatron_ext.model.bucket import Bucket
 from megatron_ext.model.weights import table
+from megatron_ext.tasks.prompts import check_stop_strings
 from megatron_ext.tokenizer import tokenizer_of_files
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class VllmEngine:
@@ -122,6 +122,17 @@ class VllmEngine:
             self._forget_old_weights()
             self._engine.set_weight_version(str(version))
         self._version = version
+
+    def held(self, names: Sequence[str]) -> dict[str, int]:
+        """Fingerprints of what it samples with, by the names of Hugging Face tensors, read from vLLM's own model."""
+        dtype: torch.dtype = getattr(torch, self._settings.dtype)
+
+        def read(vllm_model: torch.nn.Module) -> dict[str, int]:
+            return {name: fingerprint(held_tensor(vllm_model, self._model, name), dtype) for name in names}
+
+        with undisturbed():
+            found: dict[str, int] = self._engine.apply_model(read)[0]
+        return found
 
     def stats(self) -> EngineStats:
         """Counts so far."""

@@ -63,6 +63,8 @@ def _milder(plan: RLPlan, longest_tokens: int) -> list[dict[str, Any]]:
     changes: list[dict[str, Any]] = []
     if plan.engine == "megatron":
         changes += [{"engine_slots": plan.engine_slots // share} for share in (2, 4, 8) if plan.engine_slots >= share]
+    if plan.validation_engine != "same":
+        changes.append({"validation_engine": "same"})
     full: dict[str, Any] = {} if plan.recompute == "full" else {"recompute": "full"}
     both = [{**full, **change} for change in changes if full]
     shorter = [{**full, "tokens_per_micro_batch": longest_tokens}] if plan.tokens_per_micro_batch > longest_tokens else []
@@ -94,13 +96,24 @@ def _graders(stage: RLStage, cluster: Cluster | None) -> list[Finding]:
 
 
 def _engine(stage: RLStage) -> list[Finding]:
-    name = stage.plan.engine
-    if name == "megatron":
-        return []
+    plan, others = stage.plan, {"engine": "megatron", "validation_engine": "same"}  # those that need no package
+    asked = {key: getattr(plan, key) for key, other in others.items() if getattr(plan, key) != other}
+    if not asked:
+        return [*_turns(stage)]
+    text = " and ".join(f"{key}={value}" for key, value in asked.items())
     if find_spec("vllm") is not None:
-        return [ok("engine", f"{name}; vLLM is installed here", stage.name)]
-    way_out = f"install vLLM where stages run, or {stage.name}.plan.engine=megatron"
-    return [error("engine", f"{name} is asked for, and vLLM is not installed in {sys.prefix}", way_out, stage.name)]
+        return [ok("engine", f"{text}; vLLM is installed here", stage.name), *_turns(stage)]
+    way_out = " ".join(f"{stage.name}.plan.{key}={others[key]}" for key in asked)
+    found = f"{text} asks for vLLM, which is not installed in {sys.prefix}"
+    return [error("engine", found, f"install vLLM where stages run, or {way_out}", stage.name), *_turns(stage)]
+
+
+def _turns(stage: RLStage) -> list[Finding]:
+    plan = stage.plan
+    if plan.engine != "megatron" or plan.pipeline == 1:
+        return []
+    text = f"generation under pipeline {plan.pipeline} takes turns stage by stage: 1/{plan.pipeline} of what its GPUs could sample"
+    return [warning("engine", text, f"{stage.name}.plan.engine=vllm_process, or tensor in place of pipeline", stage.name)]
 
 
 def _groups(stage: RLStage) -> list[Finding]:

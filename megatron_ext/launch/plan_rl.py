@@ -103,6 +103,7 @@ def _parallel(stage: RLStage) -> Json:
         "data": plan.data_parallel,
         "tokens_per_micro_batch": plan.tokens_per_micro_batch,
         "engine": plan.engine,
+        "validation_engine": plan.validation_engine,
         "engine_slots": plan.engine_slots,
         "grading_workers": plan.grading_workers,
     }

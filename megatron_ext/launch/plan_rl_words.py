@@ -91,8 +91,15 @@ def _parallel_words(p: Json, precision: str) -> str:
     return (
         f"{many(p['ranks'], unit)} on {many(p['nodes'], 'node')}, {precision}: tensor {p['tensor']} x pipeline {p['pipeline']} x "
         f"data {p['data']}; micro-batches of {p['tokens_per_micro_batch']:,} tokens; engine {p['engine']}, "
-        f"{many(p['engine_slots'], 'response')} at a time on each copy; {many(p['grading_workers'], 'grading worker')}"
+        f"{many(p['engine_slots'], 'response')} at a time on each copy{_turns_words(p)}; "
+        f"{many(p['grading_workers'], 'grading worker')}"
     )
+
+
+def _turns_words(p: Json) -> str:
+    """What else is to be known of the engines."""
+    turns = f", its {p['pipeline']} pipeline stages by turns for every token" if p["engine"] == "megatron" and p["pipeline"] > 1 else ""
+    return turns + ("; validated by a vLLM of its own beside the next step" if p["validation_engine"] != "same" else "")
 
 
 def _memory_words(row: Json) -> str:
@@ -101,7 +108,7 @@ def _memory_words(row: Json) -> str:
     parts = [f"{name} {size(m[f'{name}_bytes'])}" for name in holders]
     if m["cache_bytes"]:
         parts.append(f"cached keys and values {size(m['cache_bytes'])} in turn with the two before")
-    else:
+    if m["vllm_bytes"] != 0:
         parts.append("vLLM its share of an unknown GPU" if m["vllm_bytes"] is None else f"vLLM {size(m['vllm_bytes'])}")
     return f"{size(m['total_bytes'])} a rank ({', '.join(parts)}){fit_words(m)}"
 

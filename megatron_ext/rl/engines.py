@@ -1,4 +1,4 @@
-"""The engine of a plan, and how the trainer's weights come to it: in place, or handed over and checked by a canary."""
+"""The engine of a plan, and how the trainer's weights come to it: in place, or handed over, read back and checked by a canary."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_ext.config.stages import RLStage
 from megatron_ext.distributed import Groups
-from megatron_ext.generation.canary import NEW_TOKENS, PROMPT_TOKENS, canary_requests, check_canary
+from megatron_ext.generation.canary import NEW_TOKENS, PROMPT_TOKENS, canary_requests, check_canary, decoded
 from megatron_ext.generation.engine import Engine, Generation, generate_all
 from megatron_ext.generation.megatron_engine import MegatronEngine
 from megatron_ext.rl.batch import Sample
 from megatron_ext.rl.update import score
 from megatron_ext.tokenizer import Tokenizer
+from megatron_ext.training.hooks import say
 from megatron_ext.training.state import TrainState
 
 HandOver = Callable[[int], float | None]  # of the weights' version; the canary's largest gap, where there is a canary
@@ -45,6 +47,7 @@ def _in_place(engine: Engine, version: int) -> None:
 def _vllm(
     stage: RLStage, state: TrainState, groups: Groups, tokenizer: Tokenizer, files: Mapping[str, bytes], log: Path
 ) -> tuple[Engine, HandOver]:
+    from megatron_ext.generation.read_back import ReadableEngine
     from megatron_ext.generation.shared_engine import SharedEngine, hand_over
     from megatron_ext.generation.vllm_engine import VllmEngine, VllmSettings, require_vllm
     from megatron_ext.generation.vllm_process import vllm_process
@@ -57,7 +60,7 @@ def _vllm(
         memory_share=stage.plan.engine_memory_share,
     )
 
-    def make() -> Engine:
+    def make() -> ReadableEngine:
         if stage.plan.engine == "vllm":
             return VllmEngine(files, stage.model, settings)
         return vllm_process(files, stage.model, settings, log)
@@ -65,7 +68,7 @@ def _vllm(
     engine = SharedEngine(make, groups)
 
     def give(version: int) -> float:
-        hand_over(engine, state.chunks, stage.model, groups, version, BUCKET_BYTES)
+        hand_over(engine, state.chunks, stage.model, groups, version, BUCKET_BYTES, getattr(torch, settings.dtype))
         return _canary_gap(engine, stage, state, groups, tokenizer, LARGEST_GAPS[settings.dtype])
 
     return engine, give
@@ -80,6 +83,11 @@ def _canary_gap(engine: Engine, stage: RLStage, state: TrainState, groups: Group
     gathered: list[list[Generation]] = [[]] * groups.plan.num_ranks
     dist.all_gather_object(gathered, answers if speaks else [])
     copies = [found for found in gathered if found]
+    if groups.rank == 0 and not all(map(decoded, copies)):
+        say(
+            "the canary's answers all ended with their first token: this time it says nothing of decoding. Where it goes on, and "
+            "responses become short, too, the model collapses to its end token"
+        )
     samples = [
         Sample(request.prompt, one.tokens, one.logprobs, advantage=0.0, weight=1.0, share=1.0)
         for found in copies

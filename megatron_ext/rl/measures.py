@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_ext.rl.rollouts import Batch, Rollout
-from megatron_ext.tasks.behaviour import box_first, loops, text_after_box
 
 Record = dict[str, Any]
 OUTCOMES = ("correct", "wrong", "unparseable", "error", "timed_out", "crashed")
@@ -34,9 +33,9 @@ def rollout_record(batch: Batch, group: int) -> Record:
         "prompt_tokens_mean": _mean(prompt_lengths),
         "prompt_tokens_max": max(prompt_lengths),
         **outcome_counts(rollouts),
-        "loop_share": _share(loops(one.generation.text) for one in rollouts),
-        "box_first_share": _share(box_first(one.generation.text) for one in rollouts),
-        "text_after_box_share": _share(text_after_box(one.generation.text) for one in rollouts),
+        "loop_share": _share(one.behaviour.loops for one in rollouts),
+        "box_first_share": _share(one.behaviour.box_first for one in rollouts),
+        "text_after_box_share": _share(one.behaviour.text_after_box for one in rollouts),
         "rollouts_sha256": batch.sha256,
     }
 
@@ -65,6 +64,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _share(flags: Any) -> float:
+def _share(flags: Iterable[bool]) -> float:
     found = list(flags)
     return sum(found) / len(found)

@@ -1,7 +1,8 @@
 """Which prompts come next: a pure state machine over passes through a set of problems.
 
-Pass n is a permutation drawn from (seed, n) of the problems that are still in; what is left of a pass and does not fill a draw
-is dropped, as in the paper's runs. After a pass, problems that were answered right often enough may leave for good.
+Pass n is a permutation drawn from (seed, n) of the problems that are still in; what is left of a pass and does not fill a rollout
+step is dropped, as in the paper's runs. After a pass, problems that were answered right often enough may leave for good.
+A step's prompts are all of one pass, so that none comes twice in it.
 """
 
 from __future__ import annotations
@@ -25,14 +26,19 @@ class OrderState:
 
 
 def draw(ids: Sequence[str], state: OrderState, seed: int, count: int, drop_easy_share: float | None) -> tuple[list[int], OrderState]:
-    """Positions in `ids` of the next `count` problems, and the state after them. There are at least `count` problems."""
-    assert len(ids) >= count, "fewer problems than one draw takes"
-    order = _pass(ids, state, seed)
-    if state.offset + count > len(order):
+    """Positions in `ids` of a rollout step's `count` problems, and the state after them. There are at least `count` problems."""
+    assert len(ids) >= count, "fewer problems than a rollout step takes"
+    if state.offset + count > len(_pass(ids, state, seed)):
         state = _next_pass(state, len(ids) - count, drop_easy_share)
-        order = _pass(ids, state, seed)
-    drawn = order[state.offset : state.offset + count]
-    return drawn, replace(state, draws=state.draws + count, offset=state.offset + count)
+    drawn, state = draw_more(ids, state, seed, count)
+    assert len(drawn) == count, "a pass is too short for a rollout step"
+    return drawn, state
+
+
+def draw_more(ids: Sequence[str], state: OrderState, seed: int, count: int) -> tuple[list[int], OrderState]:
+    """`count` further problems of the pass under way, or as many as it has left; it ends between rollout steps alone."""
+    drawn = _pass(ids, state, seed)[state.offset : state.offset + count]
+    return drawn, replace(state, draws=state.draws + len(drawn), offset=state.offset + len(drawn))
 
 
 def graded(state: OrderState, right: Mapping[str, tuple[int, int]]) -> OrderState:

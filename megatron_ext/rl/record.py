@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.config.base import from_json, to_json
-from megatron_ext.errors import ConfigError, DataError
+from megatron_ext.errors import ConfigError, DataError, RunError
 from megatron_ext.generation.engine import Generation
+from megatron_ext.rl.full_grade import Behaviour
 from megatron_ext.rl.lengths import LengthState
 from megatron_ext.rl.order import OrderState
 from megatron_ext.rl.rollouts import Batch, Rollout
@@ -34,10 +36,10 @@ from megatron_ext.runs import force_to_disk
 from megatron_ext.tasks.grading import Verdict
 
 ROLLOUTS = "rollouts"
+UNFINISHED = ".tmp"
 FORMAT = 1
 ARRAYS = {"tokens": "<i4", "logprobs": "<f4", "weight_versions": "<i4"}
 COMPRESSION = 1  # the arrays hardly compress; level 9 takes ten times as long for a tenth less
-KEPT_STEPS = 2  # newest files that no bound removes: the step under way, and the one sampled ahead
 
 
 def record_path(run_path: Path, step: int) -> Path:
@@ -45,21 +47,40 @@ def record_path(run_path: Path, step: int) -> Path:
     return run_path / ROLLOUTS / f"step_{step:07d}.jsonl.gz"
 
 
-def write_record(run_path: Path, batch: Batch) -> str:
-    """Write a step's rollouts; the SHA-256 of the file's uncompressed text."""
+def write_record(run_path: Path, batch: Batch, may_write: Callable[[], None] = lambda: None) -> str:
+    """Write a step's rollouts; the SHA-256 of the file's uncompressed text.
+
+    `may_write` is asked before the file gets its name, and raises where another attempt owns the run folder. `RunError` where the
+    disk refuses the file; nothing of it is left then.
+    """
     path = record_path(run_path, batch.step)
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        digest = _write_synced(aside, batch)
+        may_write()
+        os.replace(aside, path)
+        force_to_disk(path.parent)
+    except OSError as refusal:
+        raise RunError(
+            f"{path}: the rollouts of step {batch.step} cannot be recorded: {refusal}; make room on its disk (plan.keep_rollouts_bytes "
+            f"bounds what is kept) and start the stage again: it goes on from its last published checkpoint"
+        ) from refusal
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+    return digest
+
+
+def _write_synced(path: Path, batch: Batch) -> str:
     digest = hashlib.sha256()
-    with aside.open("wb") as file:
+    with path.open("wb") as file:
         with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=COMPRESSION, mtime=0) as packed:
             for line in _lines(batch):
                 digest.update(line)
                 packed.write(line)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
-    force_to_disk(path.parent)
     return digest.hexdigest()
 
 
@@ -86,20 +107,33 @@ def recorded_steps(run_path: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_").removesuffix(".jsonl.gz")) for path in found)
 
 
-def prune_records(run_path: Path, keep_bytes: int | None) -> list[int]:
-    """Remove the oldest files until `keep_bytes` hold the rest (None: keep all); the steps that went."""
+def prune_records(
+    run_path: Path, keep_bytes: int | None, checkpoints: Collection[int], may_write: Callable[[], None] = lambda: None
+) -> list[int]:
+    """Remove the oldest files until `keep_bytes` hold the rest (None: keep all); the steps that went.
+
+    Whatever their size, the step right behind each of the `checkpoints` stays, which a resume may read and a replay begins with, and so
+    do the newest two: the step under way, and the one sampled ahead. `may_write` as in `write_record`, before each file.
+    """
     if keep_bytes is None:
         return []
-    steps = recorded_steps(run_path)
-    sizes = {step: record_path(run_path, step).stat().st_size for step in steps}
+    sizes = {step: record_path(run_path, step).stat().st_size for step in recorded_steps(run_path)}
+    needed = {step + 1 for step in (0, *checkpoints)} | set(list(sizes)[-2:])
     gone = []
-    for step in steps[:-KEPT_STEPS]:
+    for step in [one for one in sizes if one not in needed]:
         if sum(sizes.values()) <= keep_bytes:
             break
+        may_write()
         record_path(run_path, step).unlink()
         del sizes[step]
         gone.append(step)
     return gone
+
+
+def clear_unfinished(run_path: Path) -> None:
+    """Remove what attempts that were killed have left half written."""
+    for path in (run_path / ROLLOUTS).glob(f".step_*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def _kept_words(run_path: Path) -> str:
@@ -141,6 +175,7 @@ def _rollout_values(one: Rollout) -> dict[str, Any]:
         "ending": one.ending,
         "cause": one.cause,
         "verdict": asdict(one.verdict) if one.verdict else None,
+        "behaviour": asdict(one.behaviour),
         "text": made.text,
         "prompt": _packed(np.array(one.prompt), "<i4"),
         **{name: _packed(getattr(made, name), kind) for name, kind in ARRAYS.items()},
@@ -193,4 +228,5 @@ def _rollout(values: dict[str, Any]) -> Rollout:
         verdict=verdict,
         cause=values["cause"],
         reward=values["reward"],
+        behaviour=Behaviour(**values["behaviour"]),
     )

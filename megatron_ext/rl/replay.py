@@ -1,5 +1,7 @@
 """A rollout step computed again from its record: the same rollouts, the same updates, equal to the bit - or another clip, cap or grader.
 
+Where the run saved a checkpoint after the step, the weights that come out are compared with it, parameter by parameter.
+
 The weights come from the nearest checkpoint before the step; the steps between are done again from their own records. Nothing is
 sampled, and nothing written. With changes, the step is computed twice: as it was, and as it would have been.
 """
@@ -14,13 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from megatron_ext import device
 from megatron_ext.checkpoint.folder import named_checkpoint
+from megatron_ext.checkpoint.load import load_state
+from megatron_ext.checkpoint.weights import fill, sharded_weights
 from megatron_ext.config.base import Json, override
 from megatron_ext.config.stages import RLStage
 from megatron_ext.distributed import Groups, agreed_with_rank_0, process_groups
 from megatron_ext.errors import CheckpointError, ConfigError, DataError
 from megatron_ext.metrics import read_metrics
+from megatron_ext.model.build import build_model
 from megatron_ext.progress import progress as showing
 from megatron_ext.provenance import read_manifest
 from megatron_ext.rl.actor import Actor
@@ -48,6 +56,7 @@ class Found:
 
     batch: Batch
     checkpoint: Path | None  # the nearest own one before the step; None: the stage's start
+    after: Path | None  # the run's checkpoint of the step itself
     record: Json | None  # of metrics.jsonl
 
 
@@ -65,7 +74,8 @@ def find_recorded(folder: Path, step: int) -> Found:
     """The record of a step and where its weights can be had; `DataError` or `CheckpointError` where they are not kept."""
     run = open_run(folder)
     batch = read_record(run.path, step)
-    usable = [one for one in published(run.checkpoints_path) if one < step and _has_optimizer(run, one)]
+    saved = published(run.checkpoints_path)
+    usable = [one for one in saved if one < step and _has_optimizer(run, one)]
     first = usable[-1] if usable else 0
     kept = set(recorded_steps(run.path))
     if lost := [one for one in range(first + 1, step) if one not in kept]:
@@ -74,12 +84,18 @@ def find_recorded(folder: Path, step: int) -> Found:
             f"longer kept (plan.keep_rollouts_bytes); choose a step right behind a checkpoint"
         )
     records = [one for one in read_metrics(run.metrics_path, "rl") if one["step"] == step]
-    return Found(batch, iteration_path(run.checkpoints_path, first) if usable else None, records[-1] if records else None)
+    return Found(
+        batch,
+        checkpoint=iteration_path(run.checkpoints_path, first) if usable else None,
+        after=iteration_path(run.checkpoints_path, step) if step in saved else None,
+        record=records[-1] if records else None,
+    )
 
 
 def replay(groups: Groups, folder: Path, step: int, changes: Sequence[str], changed: tuple[RLStage, int | None]) -> Json:
     """All that came out, as JSON values; every rank calls it."""
     found = agreed_with_rank_0(groups.rank, lambda: find_recorded(folder, step))
+    _check_cap(changed[1], found.batch)
     run = open_run(folder)
     actor, began = _came_to(run, groups, found, step)
     as_was = _computed(actor, found.batch.rollouts, step, began.updates)
@@ -89,7 +105,7 @@ def replay(groups: Groups, folder: Path, step: int, changes: Sequence[str], chan
         "replayed_from": {"start": began.how, "step": began.step},
         "rollouts": len(found.batch.rollouts),
         "as_it_was": {**as_was, "rollouts_sha256": found.batch.sha256},
-        **_compared(found.record, {**as_was, "rollouts_sha256": found.batch.sha256}),
+        **_compared(found.record, {**as_was, "rollouts_sha256": found.batch.sha256}, _weights_compared(run, groups, actor, found.after)),
     }
     if changes:
         del actor  # its weights have moved: the step begins again from where it began
@@ -182,14 +198,45 @@ def changed_stage(stage: RLStage, changes: Sequence[str]) -> tuple[RLStage, int 
     return (override(stage, others) if others else stage), cap
 
 
-def _compared(record: Json | None, measured: Json) -> Json:
-    if record is None:
-        return {"recorded": None, "equal": None, "differences": []}
-    unequal = [name for name in SAME if record[name] != measured[name]]
+def _check_cap(cap: int | None, batch: Batch) -> None:
+    if cap is not None and cap > batch.cap_tokens:
+        raise ConfigError(
+            f"--set cap_tokens={cap}: step {batch.step} was sampled under a cap of {batch.cap_tokens:,} tokens, and what a response would "
+            f"have gone on with is not known; name a cap of at most {batch.cap_tokens}"
+        )
+
+
+def _weights_compared(run: Run, groups: Groups, actor: Actor, path: Path | None) -> Json | None:
+    """The actor's weights against a checkpoint's: how many parameters, and which of them differ in a bit; None without a checkpoint."""
+    if path is None:
+        return None
+    check_whole(path, groups)
+    saved = build_model(run.stage.model, run.stage.precision, groups, None)
+    fill(saved, load_state(sharded_weights(saved), path))
+    own: list[tuple[str, bool]] = []
+    for chunk, other in zip(actor.state.chunks, saved, strict=True):
+        pairs = zip(chunk.named_parameters(), other.parameters(), strict=True)
+        own += [(f"{name} (rank {groups.rank})", _same_bits(one, two)) for (name, one), two in pairs]
+    ranks: list[list[tuple[str, bool]]] = [[]] * groups.plan.num_ranks
+    dist.all_gather_object(ranks, own)
+    everywhere = [found for rank in ranks for found in rank]
+    return {"checkpoint": path.name, "compared": len(everywhere), "unequal": [name for name, same in everywhere if not same]}
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.detach().view(torch.uint8), other.detach().view(torch.uint8))
+
+
+def _compared(record: Json | None, measured: Json, weights: Json | None) -> Json:
+    unequal = [name for name in SAME if record[name] != measured[name]] if record else []
+    differences = [f"{name}: {record[name]} recorded, {measured[name]} replayed" for name in unequal] if record else []
+    if weights and weights["unequal"]:
+        differences.append(f"weights: {len(weights['unequal'])} of {weights['compared']} differ from {weights['checkpoint']}")
     return {
-        "recorded": {name: record[name] for name in SAME},
-        "equal": not unequal,
-        "differences": [f"{name}: {record[name]} recorded, {measured[name]} replayed" for name in unequal],
+        "recorded": {name: record[name] for name in SAME} if record else None,
+        "weights": weights,
+        "equal": not differences if record or weights else None,
+        "differences": differences,
     }
 
 
@@ -208,7 +255,8 @@ def replay_text(found: Json) -> str:
     if found["equal"] is None:
         lines.append("metrics.jsonl has no record of this step to compare with")
     elif found["equal"]:
-        lines.append("equal to the record, bit for bit")
+        with_weights = f", and {found['weights']['compared']} weights to {found['weights']['checkpoint']}" if found["weights"] else ""
+        lines.append(f"equal to the record, bit for bit{with_weights}")
     else:
         lines += ["differs from the record (other code, threads or plan?):", *(f"  {line}" for line in found["differences"])]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from megatron_ext.config.rl import Objective
 from megatron_ext.config.stages import RLStage
 from megatron_ext.generation.engine import Generation
 from megatron_ext.rl.batch import Sample
+from megatron_ext.rl.full_grade import Behaviour
 from megatron_ext.rl.lengths import LengthState
 from megatron_ext.rl.objective import group_advantages, informative_groups, response_weights, shaped_rewards
 from megatron_ext.rl.order import OrderState
@@ -33,6 +34,7 @@ class Rollout:
     verdict: Verdict | None
     cause: str
     reward: float
+    behaviour: Behaviour
 
     @property
     def num_tokens(self) -> int:

@@ -1,46 +1,67 @@
 """Where the loop gets its rollouts from: sampled with the weights as they are, or ahead, before the last update changed them.
 
-With `max_staleness` 0 a step's rollouts are sampled when they are asked for. With 1 they are sampled before the update of the step
-before, so that an engine elsewhere may work while the trainer does; their record, written at once, is what a resume goes on from.
+With `max_staleness` 0 a step's rollouts are sampled when they are asked for. With 1 they are asked for before the updates of the step
+before: an engine with weights of its own samples while the trainer updates, and is waited for after it; the one that samples with the
+trainer's tensors is waited for at once. Their record, written before the next checkpoint, is what a resume goes on from.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from megatron_ext.config.rl import check_staleness
 from megatron_ext.config.stages import RLStage
-from megatron_ext.distributed import agreed_with_rank_0, broadcast_object
 from megatron_ext.errors import DataError
 from megatron_ext.generation.engine import Request
-from megatron_ext.rl.actor import Actor
+from megatron_ext.rl.actor import Actor, from_rank_0
 from megatron_ext.rl.grading import graded
 from megatron_ext.rl.lengths import Seen, after_rollout_step, cap_tokens
-from megatron_ext.rl.order import OrderState, draw
+from megatron_ext.rl.order import OrderState, draw, draw_more
 from megatron_ext.rl.order import graded as order_graded
 from megatron_ext.rl.progress import RLProgress
-from megatron_ext.rl.record import prune_records, read_record, write_record
+from megatron_ext.rl.record import clear_unfinished, prune_records, read_record, write_record
 from megatron_ext.rl.rollouts import Batch, Rollout, judged
 from megatron_ext.runs import Run
 from megatron_ext.tasks.grading import Verdict
 from megatron_ext.tasks.prompts import Prompts
 from megatron_ext.tasks.workers import GradingPool
+from megatron_ext.tracker import published
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Prompts that the engine has."""
+
+    drawn: list[int]  # positions among the prompts
+    requests: list[Request]
+    order: OrderState  # with them drawn
+    cap_tokens: int
+    seconds: float  # that asking took
 
 
 @dataclass
 class RolloutSource:
-    """Samples, grades and records rollout steps; every rank calls it, and gets the same batch. `pool` is rank 0's."""
+    """Samples, grades and records rollout steps; every rank calls it, and gets the same batch. `pool` is rank 0's.
+
+    `may_write` is asked before a record is written or removed, and raises where another attempt owns the run folder.
+    """
 
     run: Run
     actor: Actor
     prompts: Prompts
     stop_strings: tuple[str, ...]
     pool: GradingPool[Verdict] | None
+    may_write: Callable[[], None] = lambda: None
     _ahead: Batch | None = None
+    _under_way: tuple[RLProgress, _Asked] | None = None  # asked ahead, and not waited for yet; as of which progress
     _ids: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_staleness(self.stage.rollouts, self.stage.objective)
+        if self.actor.groups.rank == 0:
+            clear_unfinished(self.run.path)
         self._ids = [row.problem.id for row in self.prompts.rows]
         wanted = self.stage.rollouts.prompts_per_step
         if len(self._ids) < wanted:
@@ -63,45 +84,67 @@ class RolloutSource:
             return ahead
         if progress.ahead_sha256:
             return self._recorded(progress)
-        return self._sample(progress)
+        return self._batch(progress, self._ask(progress))
 
-    def look_ahead(self, progress: RLProgress) -> str:
-        """Where staleness allows, sample the step after the one under way; its record's digest, '' where nothing was sampled.
+    def look_ahead(self, progress: RLProgress) -> None:
+        """Where staleness allows, ask for the rollouts of the step after the one under way.
 
         `progress` is as of the batch of the step under way, before its updates.
         """
         if not self.stage.rollouts.max_staleness or progress.step + 1 >= self.stage.steps:
-            return ""
-        self._ahead = self._sample(replace(progress, step=progress.step + 1))
-        return self._ahead.sha256
+            return
+        coming = replace(progress, step=progress.step + 1)
+        asked = self._ask(coming)
+        if self.actor.samples_in_place:
+            self._ahead = self._batch(coming, asked)
+        else:
+            self._under_way = coming, asked
+
+    def take_ahead(self) -> str:
+        """Wait for what was asked ahead, before the engine gets other weights; its record's digest, '' where nothing was asked."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            self._ahead = self._batch(*under_way)
+        return self._ahead.sha256 if self._ahead else ""
 
     def _recorded(self, progress: RLProgress) -> Batch:
         step = progress.step + 1
-        batch = agreed_with_rank_0(self.actor.groups.rank, lambda: read_record(self.run.path, step))
+        batch = from_rank_0(self.actor.groups, "reading rollouts", lambda: read_record(self.run.path, step))
         if batch.sha256 != progress.ahead_sha256:
             raise DataError(
                 f"{self.run.path}: the recorded rollouts of step {step} are not those that were sampled ahead for it: "
                 f"the file was changed; go back to an older checkpoint"
             )
-        return batch
+        return replace(batch, seconds={"rollout": 0.0, "grading": 0.0})  # an attempt before this one spent them
 
-    def _sample(self, progress: RLProgress) -> Batch:
-        """Draw prompts, sample, grade; where asked to, again in place of groups without a difference; record."""
-        rollouts, group = self.stage.rollouts, self.stage.rollouts.responses_per_prompt
-        cap, order = cap_tokens(self.stage.lengths, progress.lengths), progress.order
+    def _ask(self, progress: RLProgress) -> _Asked:
+        """Begin a step: draw its prompts, and put them to the engine."""
+        began, rollouts = time.perf_counter(), self.stage.rollouts
+        drawn, order = draw(self._ids, progress.order, self.stage.seed, rollouts.prompts_per_step, rollouts.drop_easy_share)
+        return self._asked(drawn, order, cap_tokens(self.stage.lengths, progress.lengths), began)
+
+    def _asked(self, drawn: list[int], order: OrderState, cap: int, began: float) -> _Asked:
+        requests = self._requests(drawn, order.draws - len(drawn), cap)
+        self.actor.ask(requests)
+        return _Asked(drawn, requests, order, cap, time.perf_counter() - began)
+
+    def _batch(self, progress: RLProgress, asked: _Asked) -> Batch:
+        """Wait for the answers and grade them; where wanted, draw again in place of groups without a difference; record."""
+        rollouts, group, cap = self.stage.rollouts, self.stage.rollouts.responses_per_prompt, asked.cap_tokens
         seconds = {"rollout": 0.0, "grading": 0.0}
         used: list[Rollout] = []
         unused: list[Rollout] = []
-        wanted = rollouts.prompts_per_step
-        for last in [*[False] * rollouts.resample_uninformative, True]:
-            found, order = self._round(order, wanted - len(used) // group, cap, seconds)
-            if last:
-                used += found
-                break
+        for draws_left in range(rollouts.resample_uninformative, -1, -1):
+            found, order = self._answered(asked, seconds)
             telling, silent = self._parted(found)
             used, unused = used + telling, unused + silent
-            if len(used) == wanted * group:
+            missing = rollouts.prompts_per_step - len(used) // group
+            drawn, order = draw_more(self._ids, order, self.stage.seed, missing if draws_left else 0)
+            if not drawn:
                 break
+            asked = self._asked(drawn, order, cap, time.perf_counter())
+        split = len(unused) - missing * group  # what no draw has replaced is used as it is
+        used, unused = sorted([*used, *unused[split:]], key=_number), unused[:split]
         batch = Batch(
             step=progress.step + 1,
             cap_tokens=cap,
@@ -114,26 +157,24 @@ class RolloutSource:
             num_left_out=len(self.prompts.left_out),
             seconds=seconds,
         )
-        return self._written(batch)
+        return replace(batch, sha256=from_rank_0(self.actor.groups, "recording rollouts", lambda: self._written(batch)))
 
-    def _round(self, order: OrderState, count: int, cap: int, seconds: dict[str, float]) -> tuple[list[Rollout], OrderState]:
-        """Responses to `count` more prompts, on every rank."""
-        rollouts, first = self.stage.rollouts, order.draws
-        drawn, order = draw(self._ids, order, self.stage.seed, count, rollouts.drop_easy_share)
-        requests = self._requests(drawn, first, cap)
+    def _answered(self, asked: _Asked, seconds: dict[str, float]) -> tuple[list[Rollout], OrderState]:
+        """The graded responses to what was asked, on every rank, and the order's state with them; adds to `seconds`."""
         began = time.perf_counter()
-        answers = self.actor.generate(requests)
+        answers = self.actor.answers(asked.requests)
         sampled = time.perf_counter()
-        found: list[Rollout] | None = None
-        if self.pool is not None:
-            problems = [self.prompts.rows[number].problem for number in drawn for _ in range(rollouts.responses_per_prompt)]
-            found = graded(self.pool, problems, requests, answers, self.stage.reward)
-        seconds["rollout"] += sampled - began
+        problems = [self.prompts.rows[number].problem for number in asked.drawn for _ in range(self.stage.rollouts.responses_per_prompt)]
+
+        def grade() -> list[Rollout]:
+            assert self.pool is not None, "rank 0 grades"
+            return graded(self.pool, problems, asked.requests, answers, self.stage.reward)
+
+        found = from_rank_0(self.actor.groups, "grading", grade)
+        seconds["rollout"] += asked.seconds + sampled - began
         seconds["grading"] += time.perf_counter() - sampled
-        everywhere: list[Rollout] = broadcast_object(found)
-        if rollouts.drop_easy_share is not None:
-            order = order_graded(order, _right(everywhere))
-        return everywhere, order
+        easy_leave = self.stage.rollouts.drop_easy_share is not None
+        return found, order_graded(asked.order, _right(found)) if easy_leave else asked.order
 
     def _requests(self, drawn: Sequence[int], first: int, cap: int) -> list[Request]:
         """One for each response; its id is the prompt's number in the stage times the group's size, plus its place in the group."""
@@ -162,12 +203,15 @@ class RolloutSource:
             (telling if informs else silent).extend(responses)
         return telling, silent
 
-    def _written(self, batch: Batch) -> Batch:
-        digest = ""
-        if self.actor.groups.rank == 0:
-            digest = write_record(self.run.path, batch)
-            prune_records(self.run.path, self.stage.plan.keep_rollouts_bytes)
-        return replace(batch, sha256=broadcast_object(digest))
+    def _written(self, batch: Batch) -> str:
+        digest = write_record(self.run.path, batch, self.may_write)
+        checkpoints = published(self.run.checkpoints_path)
+        prune_records(self.run.path, self.stage.plan.keep_rollouts_bytes, checkpoints, self.may_write)
+        return digest
+
+
+def _number(rollout: Rollout) -> int:
+    return rollout.generation.id
 
 
 def _seen(rollouts: Sequence[Rollout]) -> Seen:

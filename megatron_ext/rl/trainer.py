@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,22 +13,24 @@ import torch.distributed as dist
 from megatron_ext.attempts import Attempt
 from megatron_ext.checkpoint.hashing import Digests
 from megatron_ext.config.base import content_hash, to_json
+from megatron_ext.config.stages import RLStage
 from megatron_ext.distributed import Groups
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.provenance import Manifest
-from megatron_ext.rl.actor import Actor
+from megatron_ext.rl.actor import Actor, from_rank_0
 from megatron_ext.rl.batch import Sample
 from megatron_ext.rl.begin import Begun
 from megatron_ext.rl.lengths import cap_tokens
-from megatron_ext.rl.measures import rollout_record
+from megatron_ext.rl.measures import Record, rollout_record
 from megatron_ext.rl.progress import RLProgress, progress_to_json
-from megatron_ext.rl.rollouts import Batch, Judged, samples
+from megatron_ext.rl.rollouts import Batch, Judged, Rollout, samples
 from megatron_ext.rl.update import UpdateResult
 from megatron_ext.rl.validation import Asked, ask, scores
 from megatron_ext.runs import Run
 from megatron_ext.training.hooks import Context, Hook, Hooks, say
 from megatron_ext.training.saving import Saver, lineage
 from megatron_ext.training.start import layout_of
+from megatron_ext.training.state import Progress
 
 
 def learn(run: Run, groups: Groups, attempt: Attempt, begun: Begun, hooks: Iterable[Hook]) -> RLProgress:
@@ -50,13 +52,16 @@ def _learn(loop: _Loop) -> RLProgress:
         started = time.perf_counter()
         batch = loop.source.next(progress)
         progress = progress.sampled(batch.order, batch.lengths)
-        progress = replace(progress, ahead_sha256=loop.source.look_ahead(progress))
+        loop.source.look_ahead(progress)
         parts, judged = loop.advantages(batch)
         updating = time.perf_counter()
         results = [loop.update(part, progress, number) for number, part in enumerate(parts)]
         progress = progress.finished(len(results), sum(one.num_tokens for one in batch.rollouts))
+        updated = time.perf_counter()
+        progress = replace(progress, ahead_sha256=loop.source.take_ahead())
+        waited = time.perf_counter() - updated
         loop.hand_over(progress)
-        seconds = {"update": time.perf_counter() - updating, "step": time.perf_counter() - started}
+        seconds = {"update": time.perf_counter() - updating - waited, "step": time.perf_counter() - started}
         loop.event("step", progress, loop.metrics(batch, judged, results, progress, {**batch.seconds, **seconds}))
         loop.take_scores()
         if progress.step % stage.plan.validate_every_steps == 0 or progress.step == stage.steps:
@@ -83,6 +88,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.source, self.actor = self.begun.source, self.begun.actor
+        self.source.may_write = self.attempt.check_owner
         self.canary_gap: float | None = None  # of the last hand-over
         self.asked: tuple[Asked, RLProgress] | None = None  # a validation under way
         self.saver = Saver(self.run, self.groups, self.attempt, self.actor.state, self.begun.files)
@@ -102,10 +108,14 @@ class _Loop:
         """From here on the engine samples with the weights as they are."""
         self.canary_gap = self.begun.hand_over(progress.updates)
 
-    def metrics(
+    def metrics(self, batch: Batch, judged: Judged, results: list[UpdateResult], progress: RLProgress, seconds: dict[str, float]) -> Record:
+        """The step's record: worked out by rank 0, the same on every rank."""
+        return from_rank_0(self.groups, "measuring", partial(self._metrics, batch, judged, results, progress, seconds))
+
+    def _metrics(
         self, batch: Batch, judged: Judged, results: list[UpdateResult], progress: RLProgress, seconds: dict[str, float]
-    ) -> dict[str, Any]:
-        stage = self.run.stage
+    ) -> Record:
+        stage: RLStage = self.run.stage
         return {
             **update_record(results),
             "learning_rate": rate(stage, progress.step - 1),
@@ -161,11 +171,11 @@ class _Loop:
             say(f"step {saved.progress.step}: {error}" if saved else str(error))
         self.begun.close()
 
-    def _context_at(self, progress: Any) -> Context:
+    def _context_at(self, progress: Progress) -> Context:
         return Context(self.run, self.attempt, self.groups, self.actor.state, progress, self.begun.began.how)
 
 
-def updates_of(actor: Actor, rollouts: Any) -> tuple[list[list[Sample]], Judged]:
+def updates_of(actor: Actor, rollouts: Sequence[Rollout]) -> tuple[list[list[Sample]], Judged]:
     """The samples of each update of a step, with the old and reference log-probabilities that they need; every rank calls it."""
     stage = actor.stage
     found, judged = samples(stage, rollouts)
@@ -179,7 +189,7 @@ def updates_of(actor: Actor, rollouts: Any) -> tuple[list[list[Sample]], Judged]
     return [found[first : first + size] for first in range(0, len(found), size)], judged
 
 
-def update_record(results: list[UpdateResult]) -> dict[str, Any]:
+def update_record(results: list[UpdateResult]) -> Record:
     """Means over a step's updates, of statistics over their tokens (None where no token had a gradient); the largest norm, too."""
     tokens = sum(one.statistics["tokens"] for one in results)
     names = [name for name in results[0].statistics if name != "tokens"]
@@ -195,10 +205,10 @@ def update_record(results: list[UpdateResult]) -> dict[str, Any]:
     }
 
 
-def rate(stage: Any, step: int) -> float:
+def rate(stage: RLStage, step: int) -> float:
     """The learning rate of the rollout step after `step` finished ones: a linear rise, then constant."""
     warming = min(1.0, (step + 1) / stage.warmup_steps) if stage.warmup_steps else 1.0
-    return float(stage.learning_rate * warming)
+    return stage.learning_rate * warming
 
 
 def rl_manifest(run: Run, attempt: Attempt, begun: Begun, progress: RLProgress, pinned: bool, files: Digests) -> Manifest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ext.errors import DataError
+from megatron_ext.errors import ConfigError, DataError
 from megatron_ext.tasks.problems import Problem
 from megatron_ext.tasks.templates import Template
 from megatron_ext.tokenizer import Tokenizer
@@ -33,12 +33,12 @@ def prompts(
     """Put each problem into the template and tokenize it; a prompt of more than `max_prompt_tokens` (BOS counted) is left out.
 
     `bos`: whether the tokenizer's BOS comes first, which is right where the model's training documents began with it. `where`
-    is the file of the problems, for messages. `DataError` where no prompt is left, where the tokenizer has no BOS, and where
-    it cannot write one of the template's stop strings, so that no response would ever end there.
+    is the file of the problems, for messages. `DataError` where no prompt is left, and where the tokenizer has no BOS;
+    `ConfigError` where it cannot write one of the template's stop strings, so that no response would ever end there.
     """
     if bos and tokenizer.bos_id is None:
         raise DataError(f"{where}: prompts with bos=true, but the tokenizer has no beginning-of-sequence id; set bos=false")
-    _check_stop_strings(template, tokenizer)
+    check_stop_strings(tokenizer, template.stop_strings, f"template '{template.name}'")
     first = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
     encoded = tokenizer.encode_batch([template.prompt(problem.question) for problem in problems])
     rows = [Prompt(problem, (*first, *ids)) for problem, ids in zip(problems, encoded, strict=True)]
@@ -59,10 +59,14 @@ def _none_left(rows: Sequence[Prompt], template: Template, max_prompt_tokens: in
     )
 
 
-def _check_stop_strings(template: Template, tokenizer: Tokenizer) -> None:
-    for stop in template.stop_strings:
-        if stop not in (written := tokenizer.decode(tokenizer.encode(stop))):
-            raise DataError(
-                f"template '{template.name}' ends a response at '{stop}', but this tokenizer cannot write it (it comes back as "
-                f"'{written}'), so that no response would end there; use another template, or the tokenizer of the text"
+def check_stop_strings(tokenizer: Tokenizer, stop_strings: Sequence[str], where: str = "stop strings") -> None:
+    """`ConfigError` for a stop string that no response can hold: an empty one, or one that the tokenizer does not give back."""
+    for string in stop_strings:
+        if not string:
+            raise ConfigError(f"{where}: one is empty, and would end every response at once; leave it out")
+        back = tokenizer.decode(tokenizer.encode(f"a{string}a"))  # between letters: SentencePiece drops spaces at the edges
+        if string not in back:
+            raise ConfigError(
+                f"{where}: the tokenizer cannot produce {string!r} (between two letters it comes back as {back!r}), so that no response "
+                f"would end there; use characters of the tokenizer's vocabulary, or the tokenizer of the text"
             )

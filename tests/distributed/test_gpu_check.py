@@ -19,7 +19,7 @@ def do_nothing(*arguments):
 def rehearse(groups, part, fault):
     """One part on this rank; `fault` takes something out that the part must miss."""
     from megatron_ext.training import state, step
-    from tools import gpu_check
+    from tools import gpu_check, gpu_check_rl
 
     if fault == "optimizer not loaded":
         state.load_optimizer = do_nothing
@@ -28,9 +28,27 @@ def rehearse(groups, part, fault):
     if fault == "another seed":
         true = gpu_check.random_batches
         gpu_check.random_batches = lambda stage, device: true(gpu_check.replace(stage, seed=stage.seed + 1), device)
+    if fault == "boundaries forgotten":
+        from megatron_ext.rl import batch
+
+        batch._mask = lambda sequence_RS: batch.torch.ones(1, 1, *[sequence_RS.shape[1]] * 2, dtype=bool).triu(1)
+    if fault == "the engine forgets a norm":
+        from megatron_ext.generation import lean_model
+
+        lean_model.rms_norm = lambda hidden, *_: hidden
     arguments = SimpleNamespace(**ARGUMENTS)
-    stages = {"speed": gpu_check.large_stage(arguments), "parity": gpu_check.toy_stage("fp32", True)}
-    parts = {"speed": gpu_check.speed, "checkpoint": gpu_check.checkpoint, "nan": gpu_check.nan, "parity": gpu_check.trace}
+    toy = gpu_check.toy_stage("fp32", True)
+    learner = gpu_check.replace(toy, model=gpu_check.replace(toy.model, num_layers=1))
+    stages = {"speed": gpu_check.large_stage(arguments), "parity": toy, **dict.fromkeys(("rl", "rl packed", "rl step"), learner)}
+    parts = {
+        "speed": gpu_check.speed,
+        "checkpoint": gpu_check.checkpoint,
+        "nan": gpu_check.nan,
+        "parity": gpu_check.trace,
+        "rl": gpu_check.rl,
+        "rl packed": gpu_check_rl.packed,
+        "rl step": lambda stage, groups: gpu_check_rl.grpo_step(stage, groups, state.build_state(stage, groups, stage.seed), 0),
+    }
     return parts[part](stages.get(part, gpu_check.small_stage(arguments)), groups)
 
 
@@ -77,3 +95,15 @@ def test_parity_compares_losses_and_gradients():
     one, other = run("parity"), run("parity", "another seed")
     assert compare(one, one, "fp32")["passed"]
     assert not compare(other, one, "fp32")["passed"]
+
+
+def test_learning_from_rewards():
+    found = run("rl")
+    assert found["passed"], found
+    assert found["packed"]["grad_norm_difference"] < 1e-4
+    assert max(one["engine_gap_largest"] for one in found["steps"]) < 1e-4
+
+
+@pytest.mark.parametrize(("part", "fault"), [("rl packed", "boundaries forgotten"), ("rl step", "the engine forgets a norm")])
+def test_faults_of_packing_and_of_the_engine_are_noticed(part, fault):
+    assert not run(part, fault)["passed"]

@@ -13,7 +13,8 @@ import pytest
 from megatron_ext.errors import ConfigError, DataError, RunError
 from megatron_ext.launch.verbs import run_of_kind
 from megatron_ext.rl import replay as replays
-from megatron_ext.rl.record import prune_records, read_record, record_path, recorded_steps, write_record
+from megatron_ext.rl.actor import Actor
+from megatron_ext.rl.record import read_record, record_path, write_record
 from megatron_ext.runs import open_run
 from tests import ranks, rl_runs
 from tests.rl_runs import CPU, rl_run, stage, trace
@@ -37,23 +38,46 @@ def again(run, step, *changes):
     return ranks.run(_replay, run.stage.plan, str(run.path), step, changes)[0]
 
 
-def _replay(groups: Any, path: str, step: int, changes: tuple[str, ...]) -> Any:
+def _replay(groups: Any, path: str, step: int, changes: tuple[str, ...], is_off: bool = False) -> Any:
     run = open_run(Path(path))
+    update, last = Actor.update, step * run.stage.rollouts.updates_per_step - 1
+
+    def off(self: Any, part: Any, rate: float, updates_before: int) -> Any:
+        return update(self, part, rate * (1.001 if updates_before == last else 1.0), updates_before)
+
+    if is_off:  # in a process of its own
+        Actor.update = off  # type: ignore[method-assign]
     return replays.replay(groups, run.path, step, changes, replays.changed_stage(run.stage, changes))
 
 
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("step", [1, 6])
 def test_a_step_comes_out_as_it_was(done, step):
     found = again(done, step)
     assert found["equal"], found["differences"]
-    assert found["replayed_from"]["step"] == {1: 0, 5: 3}[step]
-    assert found["as_it_was"]["grad_norm"] > 0
+    assert found["replayed_from"]["step"] == {1: 0, 6: 3}[step]
+    if step == 1:
+        assert found["as_it_was"]["grad_norm"] > 0
+        assert found["weights"] is None, "nothing was saved after it"
+    else:
+        assert found["weights"]["checkpoint"] == "iter_0000006"
+        assert found["weights"]["compared"] > 10
+        assert "weights to iter_0000006" in replays.replay_text(found)
+
+
+def test_weights_that_come_out_otherwise_are_noticed(done):
+    """No recorded number sees the last optimizer step: here its rate is a little higher."""
+    found = ranks.run(_replay, done.stage.plan, str(done.path), 6, (), True)[0]
+    assert not found["equal"]
+    assert len(found["weights"]["unequal"]) > 10
+    assert [one.partition(":")[0] for one in found["differences"]] == ["weights"]
 
 
 def test_under_tensor_parallelism(start):
     run = rl_run(start, stage(start.path.parent, steps=2, plan=PLANS["tensor 2"]), "split")
     trace(run)
-    assert again(run, 2)["equal"]
+    found = again(run, 2)
+    assert found["equal"], found["differences"]
+    assert found["weights"]["compared"] % 2 == 0, "of both ranks"
 
 
 def test_an_altered_record_is_noticed(start):
@@ -97,6 +121,8 @@ def test_what_a_replay_cannot_change_is_refused(done):
     for change in ("rollouts.responses_per_prompt=2", "seed=3", "cap_tokens=none"):
         with pytest.raises(ConfigError, match="--set"):
             replays.changed_stage(done.stage, [change])
+    with pytest.raises(AssertionError, match="cap_tokens=21: step 5 was sampled under a cap of 20 tokens"):
+        again(done, 5, "cap_tokens=21")
 
 
 def test_steps_that_are_not_kept_are_named(done, start):
@@ -114,13 +140,3 @@ def test_a_record_holds_what_was_written_and_a_torn_one_is_refused(done, tmp_pat
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="cut short or altered"):
         read_record(tmp_path, 3)
-
-
-def test_old_records_go_first_and_the_newest_two_stay(done, tmp_path):
-    for step in recorded_steps(done.path):
-        write_record(tmp_path, read_record(done.path, step))
-    sizes = {step: record_path(tmp_path, step).stat().st_size for step in recorded_steps(tmp_path)}
-    assert prune_records(tmp_path, None) == []
-    assert prune_records(tmp_path, sum(sizes.values()) - 1) == [1]
-    assert prune_records(tmp_path, 0) == [2, 3, 4]
-    assert recorded_steps(tmp_path) == [5, 6]

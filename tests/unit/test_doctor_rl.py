@@ -83,8 +83,25 @@ def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     (found,) = of(rl_findings(planned(engine="vllm_process"), H100), "engine")
     assert (found.level, asked) == ("error", ["vllm"])
     assert "rl_base.plan.engine=megatron" in found.way_out
+    (second,) = of(rl_findings(planned(validation_engine="vllm_process"), H100), "engine")
+    assert (second.level, second.way_out) == ("error", "install vLLM where stages run, or rl_base.plan.validation_engine=same")
+    assert "validation_engine=vllm_process asks for vLLM, which is not installed" in second.found
     monkeypatch.setattr(doctor_rl, "find_spec", lambda name: name)
-    assert of(rl_findings(planned(engine="vllm_process"), H100), "engine")[0].level == "ok"
+    for plan in ({"engine": "vllm_process"}, {"validation_engine": "vllm_process"}):
+        assert of(rl_findings(planned(**plan), H100), "engine")[0].level == "ok"
+
+
+def test_a_second_vllm_that_does_not_fit_is_named() -> None:
+    graph = planned(validation_engine="vllm_process", engine_slots=8, engine_memory_share=0.7)
+    (found,) = of(rl_findings(graph, H100), "memory")
+    assert (found.level, found.way_out) == ("error", "rl_base.plan.validation_engine=same")
+
+
+def test_generation_by_turns_of_pipeline_stages_is_warned_of() -> None:
+    (found,) = of(rl_findings(planned(pipeline=2), H100), "engine")
+    assert (found.level, found.stage) == ("warning", "rl_base")
+    assert "takes turns stage by stage: 1/2 of what its GPUs could sample" in found.found
+    assert of(rl_findings(ONE, H100), "engine") == []
 
 
 def test_a_group_of_one_and_another_bos_are_warned_of() -> None:

@@ -113,6 +113,11 @@ def test_words_of_what_the_paper_does_not_do():
     assert "vLLM its share of an unknown GPU" in lines_of(vllm)["memory"]
     assert "vLLM 42.8 GB" in lines_of(vllm, H100)["memory"]
     assert "engine vllm_process, 48 responses at a time" in lines_of(vllm)["ranks"]
+    beside = with_overrides(PAPER, ["rl_long.plan.validation_engine=vllm_process", "rl_long.plan.engine_memory_share=0.1"])
+    assert "in turn with the two before, vLLM 8.6 GB)" in lines_of(beside, H100)["memory"]
+    assert "; validated by a vLLM of its own beside the next step; 32 grading" in lines_of(beside)["ranks"]
+    turns = with_overrides(PAPER, ["rl_long.plan.pipeline=4"])
+    assert "at a time on each copy, its 4 pipeline stages by turns for every token; 32 grading" in lines_of(turns)["ranks"]
     assert "reference 6.4 GB" in lines_of(changed(objective=dataclasses.replace(long.objective, kl_coefficient=0.1)))["memory"]
 
 

@@ -10,6 +10,7 @@ import pytest
 from megatron_ext.config.rl import CapFrom, Objective, ProgressLengths, TruncationLengths
 from megatron_ext.errors import ConfigError
 from megatron_ext.generation.engine import Generation
+from megatron_ext.rl.full_grade import behaviour
 from megatron_ext.rl.lengths import LengthState
 from megatron_ext.rl.measures import outcome_counts, responses_record, rollout_record
 from megatron_ext.rl.order import OrderState
@@ -24,7 +25,7 @@ NO_BOX = Verdict("unparseable", None, "box", "no box")
 
 def rollout(tokens, verdict, reward, finish="end", text="so \\boxed{7}", ending="graded"):
     made = Generation(0, np.arange(tokens, dtype=np.int32), np.zeros(tokens, np.float32), np.zeros(tokens, np.int32), finish, text)
-    return Rollout("p", (1, 2, 3), 10, made, ending, verdict, "", reward)
+    return Rollout("p", (1, 2, 3), 10, made, ending, verdict, "", reward, behaviour(text))
 
 
 ROLLOUTS = (

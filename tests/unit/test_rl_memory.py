@@ -21,6 +21,7 @@ from megatron_ext.config.rl_memory import (
     update_flops_at_most,
 )
 from megatron_ext.config.stages import RLStage
+from megatron_ext.errors import ConfigError
 from recipes import octothinker
 
 LONG: RLStage = octothinker.llama_3b().stage("rl_long")
@@ -68,6 +69,16 @@ def test_vllm_keeps_its_share_beside_the_update():
     assert here.total_bytes - unknown.total_bytes == 20 * 10**9
     assert here.fits(80 * 10**9)
     assert not rl_memory(planned(stage, engine_memory_share=0.75), 80 * 10**9).fits(80 * 10**9)
+
+
+def test_a_vllm_that_validates_takes_a_share_of_its_own():
+    share = {"engine_memory_share": 0.25}
+    beside = rl_memory(planned(validation_engine="vllm_process", **share), 80 * 10**9)
+    assert (beside.vllm_bytes, beside.cache_bytes) == (20 * 10**9, rl_memory(LONG, None).cache_bytes)
+    assert beside.total_bytes == rl_memory(LONG, None).total_bytes + 20 * 10**9
+    assert rl_memory(planned(engine="vllm_process", validation_engine="vllm_process", **share), 80 * 10**9).vllm_bytes == 40 * 10**9
+    with pytest.raises(ConfigError, match=r"engine_memory_share 0\.5 of a GPU each.*validation_engine=same"):
+        planned(engine="vllm_process", validation_engine="vllm_process")
 
 
 def test_a_penalty_against_a_reference_holds_its_weights():

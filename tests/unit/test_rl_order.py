@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_ext.rl.order import OrderState, draw, graded
+from megatron_ext.rl.order import OrderState, draw, draw_more, graded
 
 IDS = [f"p{number}" for number in range(10)]
 
@@ -57,3 +57,22 @@ def test_the_least_easy_stay_where_too_few_would_be_left():
     found, after = drawn(8, 1, state, share=0.1)
     assert after.removed == ("p9", "p8"), "ten problems, eight a draw: two may leave, the easiest"
     assert sorted(found[0]) == list(range(8))
+
+
+def test_redrawing_leaves_each_step_whole_and_asks_no_problem_twice_in_it():
+    """Ten problems, six a step, two redrawn; most of them easy."""
+    state = OrderState()
+    for step in range(12):
+        first, state = draw(IDS, state, 1, 6, 0.5)
+        more, state = draw_more(IDS, state, 1, 2)
+        assert len(first) == 6, step
+        assert len(set(first + more)) == len(first + more), step
+        state = graded(state, {IDS[number]: (4, 4) for number in first + more})
+    assert len(state.removed) == 4, "all were easy, and six must stay"
+    assert more == [], "a pass of six has nothing more"
+
+
+def test_redrawing_takes_what_the_pass_has_left():
+    _, state = draw(IDS, OrderState(), 1, 8, None)
+    more, after = draw_more(IDS, state, 1, 5)
+    assert (len(more), after.draws, after.offset, after.epoch) == (2, 10, 10, 0)

@@ -38,7 +38,7 @@ def _use(groups: Any) -> list[Any]:
 
     engine = SharedEngine(make, groups)
     chunks = build_model(MODEL, "fp32", groups, None)
-    hand_over(engine, chunks, MODEL, groups, version=4, bucket_bytes=10_000)
+    hand_over(engine, chunks, MODEL, groups, version=4, bucket_bytes=10_000, dtype=torch.float32)
     requests = [Request(number, (1,), 3 - number, Sampling(), seed=0) for number in range(2)]
     found.append([(one.id, one.tokens.tolist(), one.weight_versions.tolist()) for one in generate_all(engine, requests)])
     refused = (Bucket(((name, torch.ones(1)),)) for name in ("one", "refused", "two"))

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 from megatron_ext.errors import ConfigError
-from megatron_ext.generation.stopping import StopStrings, check_stop_strings, response_text
+from megatron_ext.generation.stopping import StopStrings, response_text
+from megatron_ext.tasks.prompts import check_stop_strings
 from megatron_ext.tokenizer import Tokenizer, load_tokenizer
 from tests.unit import small_tokenizers
 

@@ -24,12 +24,14 @@ from megatron_ext.conversion.assets import carried
 from megatron_ext.errors import ConfigError, TrainingError
 from megatron_ext.generation.canary import canary_requests, check_canary
 from megatron_ext.generation.engine import Engine, Generation, Request, generate_all
+from megatron_ext.generation.read_back import EMBEDDING, HEAD, check_held, drawn_names, fingerprint
 from megatron_ext.generation.sampling import processed_logprobs
 from megatron_ext.generation.shared_engine import hand_over
-from megatron_ext.generation.vllm_engine import HEAD, VllmEngine, VllmSettings
+from megatron_ext.generation.vllm_engine import VllmEngine, VllmSettings
 from megatron_ext.generation.vllm_process import vllm_process
 from megatron_ext.model.bucket import Bucket
 from megatron_ext.model.handover import hugging_face_buckets
+from megatron_ext.rl.engines import LARGEST_GAPS
 from megatron_ext.tokenizer import Tokenizer, tokenizer_of_files
 from tests.unit import small_tokenizers
 
@@ -59,17 +61,17 @@ class Trainer:
     def tokenizer(self) -> Tokenizer:
         return tokenizer_of_files(self.assets)
 
-    def update(self) -> None:
+    def update(self, size: float = 0.05) -> None:
         """Change every weight."""
         generator = torch.Generator().manual_seed(self.version)
         with torch.no_grad():
             for chunk in self.chunks:
                 for weight in chunk.parameters():
-                    weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+                    weight.add_(size * torch.randn(weight.shape, generator=generator))
 
     def hand_over(self, engine: Engine) -> None:
         self.version += 1
-        hand_over(engine, self.chunks, self.model, self.groups, self.version, BUCKET_BYTES)
+        hand_over(engine, self.chunks, self.model, self.groups, self.version, BUCKET_BYTES, torch.float32)
 
     def logprobs(self, request: Request, generation: Generation) -> np.ndarray:
         """Of the sampled tokens, from one full forward pass, processed as the request asks."""
@@ -84,10 +86,10 @@ class Trainer:
         pairs = zip(requests, generations, strict=True)
         return max(float(np.abs(self.logprobs(request, one) - one.logprobs).max()) for request, one in pairs)
 
-    def canary(self, engine: Engine) -> float:
+    def canary(self, engine: Engine, largest_gap: float = ROUNDING) -> float:
         requests = canary_requests(self.tokenizer)
         found = generate_all(engine, requests)
-        return check_canary(found, [self.logprobs(*pair) for pair in zip(requests, found, strict=True)], ROUNDING)
+        return check_canary(found, [self.logprobs(*pair) for pair in zip(requests, found, strict=True)], largest_gap)
 
 
 def prompt(number: int, tokens: int) -> tuple[int, ...]:
@@ -156,6 +158,10 @@ def undisturbed() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+def tensors_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor for one in hugging_face_buckets(trainer.chunks, MODEL, trainer.groups, 1) for name, tensor in one.tensors}
+
+
 def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_") and name != "PYTEST_CURRENT_TEST"}
 
@@ -203,29 +209,72 @@ def forgets_nothing(engine: VllmEngine, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine, "_forget_old_weights", lambda: None)
 
 
-def keeps_the_head(engine: VllmEngine, patch: pytest.MonkeyPatch) -> None:
-    """The embedding comes once, so the packed copy of it that makes the logits stays the old one."""
-    counted = engine._counted
-    patch.setattr(engine, "_counted", lambda *arguments: (pair for pair in counted(*arguments) if pair[0] != HEAD))
-
-
 def keeps_everything(engine: VllmEngine, patch: pytest.MonkeyPatch) -> None:
     """New weights arrive and are not used."""
-    patch.setattr(engine._engine, "collective_rpc", lambda _, kwargs: list(kwargs["weights_iterator"]))
+    call = engine._engine.collective_rpc
+
+    def taken(method: str, **arguments: Any) -> Any:
+        return list(arguments["kwargs"]["weights_iterator"]) if method == "reload_weights" else call(method, **arguments)
+
+    patch.setattr(engine._engine, "collective_rpc", taken)
 
 
-@pytest.mark.parametrize("fault", [forgets_nothing, keeps_the_head, keeps_everything])
-def test_the_canary_finds_what_an_engine_keeps(fault, trainer, engine, monkeypatch):
+def keeps(name: str, trainer: Trainer, engine: VllmEngine, patch: pytest.MonkeyPatch) -> None:
+    """One tensor stays what it is now; the head a copy of the embedding that is not renewed."""
+    counted, old = engine._counted, tensors_of(trainer)
+
+    def sent(*arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for key, new in counted(*arguments):
+            if key != name:
+                yield key, new
+            elif key in old:
+                yield key, old[key]
+
+    patch.setattr(engine, "_counted", sent)
+
+
+def test_the_canary_finds_keys_and_values_of_old_weights(trainer, engine, monkeypatch):
     trainer.hand_over(engine)
     assert trainer.canary(engine) < ROUNDING
     with monkeypatch.context() as patch:
-        fault(engine, patch)
+        forgets_nothing(engine, patch)
         trainer.update()
         trainer.hand_over(engine)
         with pytest.raises(TrainingError, match=rf"weights version {trainer.version} is not what the engine samples with"):
             trainer.canary(engine)
     trainer.hand_over(engine)
     assert trainer.canary(engine) < ROUNDING
+
+
+FIRST = "model.layers.0.{}.weight".format  # of the layer that the next versions read back
+
+
+KEPT = [*map(FIRST, ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm")), "model.norm.weight", HEAD]
+
+
+@pytest.mark.parametrize("kept", ["everything", *KEPT])
+def test_weights_of_one_small_update_before_are_named_where_the_canary_sees_nothing(kept, trainer, engine, monkeypatch):
+    while FIRST("mlp.up_proj") not in drawn_names(MODEL, trainer.version + 2):
+        trainer.version += 1
+    trainer.hand_over(engine)
+    with monkeypatch.context() as patch:
+        if kept == "everything":
+            keeps_everything(engine, patch)
+        else:
+            keeps(kept, trainer, engine, patch)
+        trainer.update(size=1e-6)
+        names = f"{EMBEDDING}, .*, {HEAD}" if kept == "everything" else kept
+        with pytest.raises(TrainingError, match=rf"version {trainer.version + 1} is not what the engine samples with: {names} read back"):
+            trainer.hand_over(engine)
+    trainer.canary(engine, LARGEST_GAPS["float32"])
+    trainer.hand_over(engine)
+
+
+def test_every_tensor_can_be_read_back(trainer, engine):
+    trainer.hand_over(engine)
+    whole = tensors_of(trainer)
+    sent = {name: fingerprint(tensor, torch.float32) for name, tensor in {**whole, HEAD: whole[EMBEDDING]}.items()}
+    check_held(engine.held(list(sent)), sent, trainer.version)
 
 
 def test_weights_that_come_in_part_are_not_sampled_with(trainer, engine):
