@@ -24,7 +24,8 @@ FETCH = "python -m tools.fetch_assets"
 def problem_findings(stages: Sequence[RLStage]) -> list[Finding]:
     """Findings on each set of problems once, however many stages name it."""
     asked = {canonical([to_json(one) for one in sets]): sets for stage in stages if (sets := _readable_here(stage))}
-    found = [finding for sets in asked.values() for finding in _of_sets(sets)]
+    trained_on = {stage.problems for stage in stages}
+    found = [finding for sets in asked.values() for finding in _of_sets(sets, trained_on)]
     written = {stage.text for stage in stages if stage.text is not None}
     return list(dict.fromkeys([*found, *(ok("problems", f"written by stage {name}") for name in sorted(written))]))
 
@@ -32,11 +33,11 @@ def problem_findings(stages: Sequence[RLStage]) -> list[Finding]:
 def _readable_here(stage: RLStage) -> list[ProblemSet]:
     """The sets of a stage, the one that is trained on first; relative paths of a text stage's are yet to be written."""
     sets = [stage.problems, *stage.validation.sets]
-    return [] if stage.text is not None and not all(os.path.isabs(one.path) for one in sets) else sets
+    return [one for one in sets if stage.text is None or os.path.isabs(one.path)]
 
 
-def _of_sets(sets: list[ProblemSet]) -> list[Finding]:
-    """The first set is trained on. Those that are not there are errors; the others are read."""
+def _of_sets(sets: list[ProblemSet], trained_on: set[ProblemSet]) -> list[Finding]:
+    """The first set may be trained on. Those that are not there are errors; the others are read."""
     missing = [one for one in sets if not Path(one.path).is_file()]
     found = []
     if missing:
@@ -50,7 +51,7 @@ def _of_sets(sets: list[ProblemSet]) -> list[Finding]:
     if isinstance(answer, Finding):
         return [*found, answer]
     for one, row in zip(there, answer, strict=True):
-        found += _of_set(one, row, trained_on=sets[0].name if there[0] == sets[0] else "")
+        found += _of_set(one, row, trained_on=there[0].name if there[0] in trained_on else "")
     return found
 
 

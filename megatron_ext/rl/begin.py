@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,8 +84,24 @@ def begin_learning(run: Run, groups: Groups, attempt: Attempt) -> Begun:
     made = _prompts_on_rank_0(run, groups, chosen, tokenizer)
     source = RolloutSource(run, actor, made[0], chosen.stop_strings, pool)
     heldout = [HeldOutSet(one.name, found) for one, found in zip(stage.validation.sets, made[1:], strict=True)]
+    if groups.rank == 0:
+        _say_prompts(stage, source, heldout)
     progress = _progress(stage, began, manifest)
     return Begun(began, progress, actor, source, heldout, chosen, files, manifest.tokenizer_hash, hand_over, validator, validator_hand_over)
+
+
+def _say_prompts(stage: RLStage, source: RolloutSource, heldout: Sequence[HeldOutSet]) -> None:
+    """What is asked, what is left out, and what a user may not have meant, into the log."""
+    for name, made in ((stage.problems.name, source.prompts), *((one.name, one.prompts) for one in heldout)):
+        left_out = f"; {len(made.left_out):,} with longer prompts are left out" if made.left_out else ""
+        print(f"problems '{name}': {len(made.rows):,}{left_out}", flush=True)
+    learnt = {row.problem.question.strip() for row in source.prompts.rows}
+    for one in heldout:
+        shared = sum(row.problem.question.strip() in learnt for row in one.prompts.rows)
+        if shared:
+            print(f"WARNING: {shared:,} questions of the held-out set '{one.name}' are among those that are learnt from", flush=True)
+    if stage.rollouts.responses_per_prompt == 1:
+        print("WARNING: one response a prompt has nothing to be compared with: its reward itself is the advantage", flush=True)
 
 
 def carried_tokenizer(path: Path, manifest: Manifest) -> tuple[dict[str, bytes], Tokenizer]:

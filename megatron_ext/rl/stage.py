@@ -54,7 +54,8 @@ class RLLogHook(LogHook):
         )
         silent = metrics["informative_share"] < self.UNINFORMATIVE_SHARE
         self.uninformative_steps = self.uninformative_steps + 1 if silent else 0
-        if self.uninformative_steps and self.uninformative_steps % self.PATIENCE_STEPS == 0:
+        rounds, rest = divmod(self.uninformative_steps, self.PATIENCE_STEPS)
+        if rounds and not rest and rounds & (rounds - 1) == 0:  # at 10 steps, 20, 40, 80 ...: a log of nothing else helps nobody
             self._say(
                 context,
                 f"WARNING: for {self.uninformative_steps} rollout steps fewer than {self.UNINFORMATIVE_SHARE:.0%} of the "
