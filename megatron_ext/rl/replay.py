@@ -263,6 +263,8 @@ def replay_text(found: Json) -> str:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -205,7 +205,9 @@ class RolloutSource:
 
     def _written(self, batch: Batch) -> str:
         digest = write_record(self.run.path, batch, self.may_write)
-        checkpoints = published(self.run.checkpoints_path)
+        every = self.stage.plan.save_every_steps
+        due = {(batch.step - behind) // every * every for behind in (1, 2)}  # saves that may be under way
+        checkpoints = due | set(published(self.run.checkpoints_path))
         prune_records(self.run.path, self.stage.plan.keep_rollouts_bytes, checkpoints, self.may_write)
         return digest
 

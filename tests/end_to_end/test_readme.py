@@ -67,7 +67,7 @@ def test_readmes_recipe_runs_whole(tmp_path: Path) -> None:
 
     # What a branch says; the reinforcement learning from it, done; one of its steps again, from its record.
     said = megatron_ext(
-        tmp_path, "generate", "runs/mine/decay_short", "--template", "dialogue", "--prompt", "What is 12+25?", "--max-tokens", "8"
+        tmp_path, "generate", "runs/mine/decay_short", "--template", "plain", "--prompt", "What is 12+25?", "--max-tokens", "8"
     )
     assert "8 tokens" in said
     assert "nothing to do" in megatron_ext(tmp_path, "rl", "runs/mine/rl_short")

@@ -38,7 +38,7 @@ ELSEWHERE = {
     "megatron-ext convert megatron-to-hf runs/demo/stable stable-hf": ("tests/end_to_end/test_readme.py", '"megatron-to-hf"'),
     'megatron-ext convert check runs/demo/stable stable-hf --prompt "12 + 30 ="': ("tests/end_to_end/test_readme.py", '"check"'),
     "megatron-ext convert hf-to-megatron stable-hf stable-again": ("tests/end_to_end/test_readme.py", '"hf-to-megatron"'),
-    'megatron-ext generate runs/demo/decay_short --template dialogue --prompt "What is 12+25?"': (
+    'megatron-ext generate runs/demo/decay_short --template plain --prompt "What is 12+25?"': (
         "tests/end_to_end/test_readme.py",
         '"generate"',
     ),
