@@ -90,8 +90,8 @@ def test_two_decays_differ_in_name_and_mixture_and_nothing_else(runs: dict[str, 
     found = between(runs["decay_long"], runs["decay_short"])
     assert found["science"] == [
         'name: "decay_long" -> "decay_short"',
-        'mixture.rows.long_cot: {"weight": 0.4} -> null',
-        'mixture.rows.short_cot: null -> {"weight": 0.4}',
+        'mixture.rows.long_cot: {"weight": 0.65} -> null',
+        'mixture.rows.short_cot: null -> {"weight": 0.65}',
     ]
     assert found["plan"] == found["code"] == []
     assert found["data"] == ["mixture.long_cot: 0.4 -> null", "mixture.short_cot: null -> 0.4"]
@@ -123,7 +123,7 @@ def test_plan_is_of_the_newest_attempt_or_the_checkpoint(runs: dict[str, Run]) -
     found = between(old, new)
     assert found["plan"] == ["save_every_steps: 1 -> 2"]
     assert found["science"] == []
-    assert "ledger.math_web.stage_tokens: 461 -> 922" in found["data"]
+    assert "ledger.math_web.stage_tokens: 205 -> 410" in found["data"]
     assert found["lineage"]["common"] == {**found["lineage"]["common"], "stage": "decay_long", "tokens": 2 * TOKENS}
 
 
