@@ -94,7 +94,7 @@ def test_two_decays_differ_in_name_and_mixture_and_nothing_else(runs: dict[str, 
         'mixture.rows.short_cot: null -> {"weight": 0.65}',
     ]
     assert found["plan"] == found["code"] == []
-    assert found["data"] == ["mixture.long_cot: 0.4 -> null", "mixture.short_cot: null -> 0.4"]
+    assert found["data"] == ["mixture.long_cot: 0.65 -> null", "mixture.short_cot: null -> 0.65"]
     assert found["lineage"]["a"][1:] == found["lineage"]["b"][1:]
     text = diff_text(found).splitlines()
     for line in ("nothing differs in plan", "nothing differs in code", "nothing differs in lineage before the two"):
