@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import os
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_ext import device
 from megatron_ext.config.plan import TrainPlan
-from megatron_ext.errors import ConfigError, MegatronExtError
+from megatron_ext.errors import ConfigError, LaunchError, MegatronExtError
 
 TIMEOUT_SECONDS = 1800
 
@@ -169,21 +170,39 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def agreed_with_rank_0(rank: int, read: Callable[[], T]) -> T:
-    """What rank 0 reads, on every rank; or its refusal, raised on every rank.
+def agreed(groups: Groups, what: str, work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, once it is done on all; every rank calls it.
 
-    One reads for all: on a run at work each would see another newest state, and they would wait for one another.
+    Where it fails on one, every rank raises that failure: none waits for a rank that has stopped. `LaunchError` for what is not of
+    our family, with the traceback in that rank's log.
     """
-    found: T | MegatronExtError | None = None
-    if rank == 0:
-        try:
-            found = read()
-        except MegatronExtError as refusal:
-            found = refusal
-    agreed: T | MegatronExtError = broadcast_object(found)
-    if isinstance(agreed, MegatronExtError):
-        raise agreed
-    return agreed
+    box: list[T] = []
+    failure: MegatronExtError | None = None
+    try:
+        box.append(work())
+    except MegatronExtError as refusal:
+        failure = refusal
+    except Exception as defect:  # noqa: BLE001 - whatever it is, the other ranks wait
+        traceback.print_exc()
+        failure = LaunchError(
+            f"{what} failed on rank {groups.rank}: {type(defect).__name__}: {defect}; the traceback is in that rank's log. "
+            f"Start the stage again once its cause is gone: it goes on from its last published checkpoint"
+        )
+    failures: list[MegatronExtError | None] = [None] * groups.plan.num_ranks
+    dist.all_gather_object(failures, failure)
+    for one in failures:
+        if one is not None:
+            raise one
+    return box[0]
+
+
+def from_rank_0(groups: Groups, what: str, work: Callable[[], T]) -> T:
+    """What rank 0 alone works out, on every rank; its failure too, as `agreed`.
+
+    On a run at work each rank would see another newest state, and they would wait for one another.
+    """
+    found: T = broadcast_object(agreed(groups, what, lambda: work() if groups.rank == 0 else None))
+    return found
 
 
 def any_rank(flag: bool, groups: Groups) -> bool:

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 
 from megatron_ext import device
-from megatron_ext.checkpoint.load import load_state
-from megatron_ext.checkpoint.weights import fill, sharded_weights
+from megatron_ext.checkpoint.weights import load_chunks
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.plan import TrainPlan
 from megatron_ext.conversion.compare_tensors import largest_difference
 from megatron_ext.distributed import process_groups
 from megatron_ext.errors import CheckpointError
-from megatron_ext.model.build import build_model
 from megatron_ext.model.logits import logits_BSV
 
 # FP32 sums in another order differ by some 1e-7 of the largest number in them, and a deep model adds up many such;
@@ -79,8 +77,7 @@ def checkpoint_logits_BSV(
     """What Megatron computes on one rank, from a published checkpoint; its weights first rounded to a dtype where one is given."""
     device.activate("cpu", torch.get_num_threads())
     with process_groups(TrainPlan(device="cpu")) as groups:
-        chunks = build_model(model, "fp32", groups, None)
-        fill(chunks, load_state(sharded_weights(chunks), checkpoint))
+        chunks = load_chunks(checkpoint, model, "fp32", groups)
         if rounded_to is not None:
             for chunk in chunks:
                 chunk.to(rounded_to).to(torch.float32)

@@ -6,22 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from megatron_ext import device as devices
 from megatron_ext.checkpoint.folder import named_checkpoint
-from megatron_ext.checkpoint.load import load_state
-from megatron_ext.checkpoint.weights import fill, sharded_weights
+from megatron_ext.checkpoint.weights import load_chunks
 from megatron_ext.config.base import from_json
 from megatron_ext.config.model import ModelConfig
-from megatron_ext.config.plan import Precision, TrainPlan
+from megatron_ext.config.plan import TrainPlan
 from megatron_ext.config.rl import Sampling
 from megatron_ext.conversion.assets import read_assets
-from megatron_ext.distributed import Groups, process_groups
+from megatron_ext.distributed import process_groups
 from megatron_ext.errors import CheckpointError, ConfigError
 from megatron_ext.generation.engine import Generation, Request, generate_all
 from megatron_ext.generation.megatron_engine import MegatronEngine
-from megatron_ext.model.build import build_model
 from megatron_ext.provenance import MANIFEST, read_manifest
 from megatron_ext.tasks.templates import template as named_template
 from megatron_ext.tokenizer import Tokenizer, tokenizer_of_files
@@ -65,13 +62,6 @@ def generate_command(
         chunks = load_chunks(path, model, "fp32" if device == "cpu" else "bf16", groups)
         found = generate_all(MegatronEngine(chunks, model, groups, tokenizer, min(samples, MOST_SLOTS)), requests)
     _show(path, prompt, len(ids), found)
-
-
-def load_chunks(checkpoint: Path, model: ModelConfig, precision: Precision, groups: Groups) -> list[GPTModel]:
-    """This rank's part of a published checkpoint's model."""
-    chunks = build_model(model, precision, groups, None)
-    fill(chunks, load_state(sharded_weights(chunks), checkpoint))
-    return chunks
 
 
 def _tokenizer_and_model(checkpoint: Path) -> tuple[Tokenizer, ModelConfig]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,47 +11,12 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
 from megatron_ext.config.stages import RLStage
-from megatron_ext.distributed import Groups, broadcast_object
-from megatron_ext.errors import LaunchError, MegatronExtError
+from megatron_ext.distributed import Groups, agreed
 from megatron_ext.generation.engine import Engine, Generation, Request, collect
 from megatron_ext.generation.megatron_engine import MegatronEngine
 from megatron_ext.rl.batch import Sample
 from megatron_ext.rl.update import UpdateResult, policy_update, score
 from megatron_ext.training.state import TrainState
-
-T = TypeVar("T")
-
-
-def agreed(groups: Groups, what: str, work: Callable[[], T]) -> T:
-    """What `work` gives on this rank, once it is done on all; every rank calls it.
-
-    Where it fails on one, every rank raises that failure: none waits for a rank that has stopped. `LaunchError` for what is not of
-    our family, with the traceback in that rank's log.
-    """
-    box: list[T] = []
-    failure: MegatronExtError | None = None
-    try:
-        box.append(work())
-    except MegatronExtError as refusal:
-        failure = refusal
-    except Exception as defect:  # noqa: BLE001 - whatever it is, the other ranks wait
-        traceback.print_exc()
-        failure = LaunchError(
-            f"{what} failed on rank {groups.rank}: {type(defect).__name__}: {defect}; the traceback is in that rank's log. "
-            f"Start the stage again once its cause is gone: it goes on from its last published checkpoint"
-        )
-    failures: list[MegatronExtError | None] = [None] * groups.plan.num_ranks
-    dist.all_gather_object(failures, failure)
-    for one in failures:
-        if one is not None:
-            raise one
-    return box[0]
-
-
-def from_rank_0(groups: Groups, what: str, work: Callable[[], T]) -> T:
-    """What rank 0 alone works out, on every rank; its failure too, as `agreed`."""
-    found: T = broadcast_object(agreed(groups, what, lambda: work() if groups.rank == 0 else None))
-    return found
 
 
 @dataclass

@@ -9,14 +9,12 @@ from pathlib import Path
 from megatron.core.models.gpt import GPTModel
 
 from megatron_ext.attempts import Attempt
-from megatron_ext.checkpoint.load import load_state
-from megatron_ext.checkpoint.weights import fill, sharded_weights
+from megatron_ext.checkpoint.weights import load_chunks
 from megatron_ext.config.stages import RLStage
 from megatron_ext.config.tasks import ProblemSet
 from megatron_ext.conversion.assets import carried, has_tokenizer
-from megatron_ext.distributed import Groups, agreed_with_rank_0
+from megatron_ext.distributed import Groups, from_rank_0
 from megatron_ext.errors import CheckpointError, ConfigError
-from megatron_ext.model.build import build_model
 from megatron_ext.provenance import Manifest
 from megatron_ext.rl.actor import Actor
 from megatron_ext.rl.engines import HandOver, make_engine
@@ -143,7 +141,7 @@ def _prompts_on_rank_0(run: Run, groups: Groups, chosen: Template, tokenizer: To
         held_out = [made(one, stage.validation.max_prompt_tokens) for one in stage.validation.sets]
         return [made(stage.problems, stage.rollouts.max_prompt_tokens), *held_out]
 
-    return agreed_with_rank_0(groups.rank, read)
+    return from_rank_0(groups, "reading problems", read)
 
 
 def frozen_reference(run: Run, groups: Groups) -> list[GPTModel] | None:
@@ -152,8 +150,7 @@ def frozen_reference(run: Run, groups: Groups) -> list[GPTModel] | None:
     if not stage.objective.kl_coefficient:
         return None
     path, _ = parent_checkpoint(run)
-    chunks = build_model(stage.model, stage.precision, groups, None)
-    fill(chunks, load_state(sharded_weights(chunks), path))
+    chunks = load_chunks(path, stage.model, stage.precision, groups)
     for chunk in chunks:
         chunk.requires_grad_(False)
         chunk.eval()

@@ -12,9 +12,8 @@ run under 2,048 tokens, and a validation after the hundredth under 4,096.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from megatron_ext.config.base import config, from_json, to_json
+from megatron_ext.config.base import config, to_json
 from megatron_ext.config.rl import ProgressLengths, TruncationLengths
 from megatron_ext.errors import ConfigError
 
@@ -75,15 +74,8 @@ def after_rollout_step(schedule: Lengths, state: LengthState, seen: Seen) -> Len
     return replace(moved, raises=state.raises + 1, steps_above=0)
 
 
-def state_to_json(state: LengthState) -> dict[str, int]:
-    """For a checkpoint."""
-    values: dict[str, int] = to_json(state)
-    return values
-
-
-def state_from_json(schedule: Lengths, values: Any, where: str = "") -> LengthState:
-    """From a checkpoint; `ConfigError` opens with `where` if it is no state, or not one that this schedule can reach."""
-    state: LengthState = from_json(LengthState, values, where)
+def check_reachable(schedule: Lengths, state: LengthState, where: str = "") -> None:
+    """`ConfigError`, opening with `where`, for a saved state that this schedule cannot reach."""
     raises, above = (len(schedule.caps_tokens) - 1, schedule.steps - 1) if isinstance(schedule, TruncationLengths) else (0, 0)
     if state.raises > raises or state.steps_above > above:
         opening = f"{where}: " if where else ""
@@ -91,4 +83,3 @@ def state_from_json(schedule: Lengths, values: Any, where: str = "") -> LengthSt
             f"{opening}the length state has {state.raises} raises and {state.steps_above} steps above the share, but the schedule "
             f"allows at most {raises} and {above}: it is of another schedule; resume with the recipe that it was saved under"
         )
-    return state

@@ -69,11 +69,6 @@ def informative_groups(rewards_PG: torch.Tensor, counted_PG: torch.Tensor) -> to
     return highest_P > lowest_P
 
 
-def informative_share(rewards_PG: torch.Tensor, counted_PG: torch.Tensor) -> float:
-    """Share of the prompts that move weights."""
-    return informative_groups(rewards_PG, counted_PG).double().mean().item()
-
-
 def group_advantages(settings: Objective, rewards_PG: torch.Tensor, counted_PG: torch.Tensor) -> torch.Tensor:
     """Each response's reward less its group's mean, over (sample deviation + 1e-6) where settings say so.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ext.config.base import config, from_json, to_json
 from megatron_ext.config.rl import ProgressLengths, TruncationLengths
-from megatron_ext.rl.lengths import LengthState, state_from_json
+from megatron_ext.rl.lengths import LengthState, check_reachable
 from megatron_ext.rl.order import OrderState
 from megatron_ext.training.state import Progress
 
@@ -57,5 +57,5 @@ def progress_to_json(progress: RLProgress) -> dict[str, Any]:
 def progress_from_json(lengths: ProgressLengths | TruncationLengths, values: Any, where: str) -> RLProgress:
     """From a checkpoint's manifest; `ConfigError` opens with `where` if it is none, or not of this schedule of lengths."""
     progress: RLProgress = from_json(RLProgress, values, where)
-    state_from_json(lengths, to_json(progress.lengths), where)
+    check_reachable(lengths, progress.lengths, where)
     return progress

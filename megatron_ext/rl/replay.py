@@ -21,14 +21,12 @@ import torch.distributed as dist
 
 from megatron_ext import device
 from megatron_ext.checkpoint.folder import named_checkpoint
-from megatron_ext.checkpoint.load import load_state
-from megatron_ext.checkpoint.weights import fill, sharded_weights
+from megatron_ext.checkpoint.weights import load_chunks
 from megatron_ext.config.base import Json, override
 from megatron_ext.config.stages import RLStage
-from megatron_ext.distributed import Groups, agreed_with_rank_0, process_groups
+from megatron_ext.distributed import Groups, from_rank_0, process_groups
 from megatron_ext.errors import CheckpointError, ConfigError, DataError
 from megatron_ext.metrics import read_metrics
-from megatron_ext.model.build import build_model
 from megatron_ext.progress import progress as showing
 from megatron_ext.provenance import read_manifest
 from megatron_ext.rl.actor import Actor
@@ -94,7 +92,7 @@ def find_recorded(folder: Path, step: int) -> Found:
 
 def replay(groups: Groups, folder: Path, step: int, changes: Sequence[str], changed: tuple[RLStage, int | None]) -> Json:
     """All that came out, as JSON values; every rank calls it."""
-    found = agreed_with_rank_0(groups.rank, lambda: find_recorded(folder, step))
+    found = from_rank_0(groups, "finding the step", lambda: find_recorded(folder, step))
     _check_cap(changed[1], found.batch)
     run = open_run(folder)
     actor, began = _came_to(run, groups, found, step)
@@ -133,7 +131,7 @@ def _came_to(run: Run, groups: Groups, found: Found, step: int) -> tuple[Actor, 
     actor = Actor(stage, groups, began.state, None, frozen_reference(run, groups))
     first, size = began.progress.step, stage.rollouts.updates_per_step
     for between in _counted(groups, run, first, step):
-        batch = agreed_with_rank_0(groups.rank, partial(read_record, run.path, between))
+        batch = from_rank_0(groups, "reading rollouts", partial(read_record, run.path, between))
         _updated(actor, batch.rollouts, between, (between - 1) * size)
     return actor, _Began(began.how, first, (step - 1) * size)
 
@@ -169,7 +167,7 @@ def _what_if(run: Run, groups: Groups, found: Found, step: int, changed: tuple[R
     stage, cap = changed
     actor, began = _came_to(run, groups, found, step)
     actor = replace(actor, stage=stage)
-    rollouts = agreed_with_rank_0(groups.rank, lambda: _graded_anew(run, stage, cap, found))
+    rollouts = from_rank_0(groups, "grading", lambda: _graded_anew(run, stage, cap, found))
     return _computed(actor, rollouts, step, began.updates)
 
 
@@ -211,8 +209,7 @@ def _weights_compared(run: Run, groups: Groups, actor: Actor, path: Path | None)
     if path is None:
         return None
     check_whole(path, groups)
-    saved = build_model(run.stage.model, run.stage.precision, groups, None)
-    fill(saved, load_state(sharded_weights(saved), path))
+    saved = load_chunks(path, run.stage.model, run.stage.precision, groups)
     own: list[tuple[str, bool]] = []
     for chunk, other in zip(actor.state.chunks, saved, strict=True):
         pairs = zip(chunk.named_parameters(), other.parameters(), strict=True)

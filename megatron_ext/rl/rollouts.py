@@ -75,7 +75,12 @@ class Judged:
 
     advantages_PG: torch.Tensor
     counted_PG: torch.Tensor
-    informative_share: float
+    informative_P: torch.Tensor  # whether the responses earned different rewards
+
+    @property
+    def informative_share(self) -> float:
+        """Share of the prompts that move weights."""
+        return self.informative_P.double().mean().item()
 
 
 def judged(objective: Objective, reward: RewardName, rollouts: Sequence[Rollout], group: int) -> Judged:
@@ -86,8 +91,7 @@ def judged(objective: Objective, reward: RewardName, rollouts: Sequence[Rollout]
     caps_PG = torch.tensor([one.cap_tokens for one in rollouts]).view(-1, group)
     wrong = REWARDS[reward](None, "")
     shaped_PG, counted_PG = shaped_rewards(objective, found_PG, truncated_PG, lengths_PG, caps_PG, wrong)
-    share = informative_groups(shaped_PG, counted_PG).double().mean().item()
-    return Judged(group_advantages(objective, shaped_PG, counted_PG), counted_PG, share)
+    return Judged(group_advantages(objective, shaped_PG, counted_PG), counted_PG, informative_groups(shaped_PG, counted_PG))
 
 
 def samples(stage: RLStage, rollouts: Sequence[Rollout]) -> tuple[list[Sample], Judged]:

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_ext.config.rl import check_staleness
 from megatron_ext.config.stages import RLStage
+from megatron_ext.distributed import from_rank_0
 from megatron_ext.errors import DataError
 from megatron_ext.generation.engine import Request
-from megatron_ext.rl.actor import Actor, from_rank_0
+from megatron_ext.rl.actor import Actor
 from megatron_ext.rl.grading import graded
 from megatron_ext.rl.lengths import Seen, after_rollout_step, cap_tokens
 from megatron_ext.rl.order import OrderState, draw, draw_more
@@ -59,7 +59,6 @@ class RolloutSource:
     _ids: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_staleness(self.stage.rollouts, self.stage.objective)
         if self.actor.groups.rank == 0:
             clear_unfinished(self.run.path)
         self._ids = [row.problem.id for row in self.prompts.rows]
@@ -197,10 +196,9 @@ class RolloutSource:
         group = self.stage.rollouts.responses_per_prompt
         telling: list[Rollout] = []
         silent: list[Rollout] = []
-        for first in range(0, len(found), group):
-            responses = found[first : first + group]
-            informs = judged(self.stage.objective, self.stage.reward, responses, group).informative_share > 0
-            (telling if informs else silent).extend(responses)
+        informs = judged(self.stage.objective, self.stage.reward, found, group).informative_P.tolist()
+        for number, tells in enumerate(informs):
+            (telling if tells else silent).extend(found[number * group : (number + 1) * group])
         return telling, silent
 
     def _written(self, batch: Batch) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from typing import TextIO
 
 from megatron_ext import device
 from megatron_ext.distributed import Groups
-from megatron_ext.progress import Meter, progress
 from megatron_ext.provenance import environment
 from megatron_ext.rl.begin import Begun, begin_learning
 from megatron_ext.rl.trainer import learn
 from megatron_ext.runs import PROVENANCE, Run, mark_done, write_json
+from megatron_ext.training.bar import TerminalBar
 from megatron_ext.training.exports import ExportHook
 from megatron_ext.training.hooks import Context, Hook, LogHook, MetricsHook, Record
 from megatron_ext.training.session import attempt_session
@@ -80,27 +78,13 @@ class RLLogHook(LogHook):
             )
 
 
-class _ProgressHook(Hook):
+class _ProgressHook(TerminalBar):
     """Steps, rewards and time left, on rank 0's terminal."""
-
-    def __init__(self, terminal: TextIO) -> None:
-        self._terminal = terminal
-        self._stack = contextlib.ExitStack()
-        self._bar: Meter | None = None
-
-    def warn(self, text: str) -> None:
-        """A line above the bar."""
-        if self._bar:
-            self._bar.say(text)
-        else:
-            print(text, file=self._terminal, flush=True)
 
     def start(self, context: Context) -> None:
         """Open the bar at the steps that are done."""
-        if context.groups.rank == 0:
-            steps, title = context.run.stage.steps, f"RL {context.run.name}"
-            shown = progress(title, total=steps, unit="rollout steps", done=context.progress.step, stream=self._terminal)
-            self._bar = self._stack.enter_context(shown)
+        steps, title = context.run.stage.steps, f"RL {context.run.name}"
+        self.open(context, title, total=steps, unit="rollout steps", done=context.progress.step)
 
     def step(self, context: Context, metrics: Record) -> None:  # noqa: ARG002
         """Move it by one step."""
@@ -111,10 +95,6 @@ class _ProgressHook(Hook):
         """Show the first set's score beside it."""
         if self._bar and records:
             self._bar.update(0, held_out=records[0]["accuracy"])
-
-    def end(self, context: Context) -> None:  # noqa: ARG002
-        """Close it."""
-        self._stack.close()
 
 
 class _Summary(Hook):

@@ -14,10 +14,10 @@ from megatron_ext.attempts import Attempt
 from megatron_ext.checkpoint.hashing import Digests
 from megatron_ext.config.base import content_hash, to_json
 from megatron_ext.config.stages import RLStage
-from megatron_ext.distributed import Groups
+from megatron_ext.distributed import Groups, from_rank_0
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.provenance import Manifest
-from megatron_ext.rl.actor import Actor, from_rank_0
+from megatron_ext.rl.actor import Actor
 from megatron_ext.rl.batch import Sample
 from megatron_ext.rl.begin import Begun
 from megatron_ext.rl.lengths import cap_tokens
@@ -94,8 +94,7 @@ class _Loop:
         self.saver = Saver(self.run, self.groups, self.attempt, self.actor.state, self.begun.files)
 
     def event(self, name: str, progress: RLProgress, *arguments: Any) -> None:
-        context = Context(self.run, self.attempt, self.groups, self.actor.state, progress.plain, self.begun.began.how)
-        self.hooks.call(name, context, *arguments)
+        self.hooks.call(name, self._context_at(progress.plain), *arguments)
 
     def advantages(self, batch: Batch) -> tuple[list[list[Sample]], Judged]:
         """The samples of each update of the step. Old log-probabilities are those before its first update, which needs none."""

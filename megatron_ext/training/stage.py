@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from typing import TextIO
 
 from megatron_ext import device
 from megatron_ext.distributed import Groups
-from megatron_ext.progress import Meter, progress
 from megatron_ext.provenance import environment, read_corpus
 from megatron_ext.runs import PROVENANCE, Run, mark_done, write_json
+from megatron_ext.training.bar import TerminalBar
 from megatron_ext.training.exports import ExportHook
 from megatron_ext.training.hooks import Context, Hook, LogHook, MetricsHook, Record
 from megatron_ext.training.session import attempt_session
@@ -32,29 +30,13 @@ def run_train(run: Run) -> None:
             mark_done(run, {**summary.values, "seconds": seconds, "peak_memory_bytes": device.peak_memory_bytes(run.stage.plan.device)})
 
 
-class _ProgressHook(Hook):
+class _ProgressHook(TerminalBar):
     """Tokens, loss, learning rate and time left, on rank 0's terminal."""
-
-    def __init__(self, terminal: TextIO) -> None:
-        self._terminal = terminal
-        self._stack = contextlib.ExitStack()
-        self._bar: Meter | None = None
-
-    def warn(self, text: str) -> None:
-        """A line above the bar."""
-        if self._bar:
-            self._bar.say(text)
-        else:
-            print(text, file=self._terminal, flush=True)
 
     def start(self, context: Context) -> None:
         """Open the bar at the tokens that are done."""
-        if context.groups.rank == 0:
-            budget = context.run.stage.budget
-            shown = progress(
-                f"Train {context.run.name}", total=budget.tokens, unit="tokens", done=context.progress.tokens, stream=self._terminal
-            )
-            self._bar = self._stack.enter_context(shown)
+        budget = context.run.stage.budget
+        self.open(context, f"Train {context.run.name}", total=budget.tokens, unit="tokens", done=context.progress.tokens)
 
     def step(self, context: Context, metrics: Record) -> None:
         """Move it by one batch."""
@@ -75,10 +57,6 @@ class _ProgressHook(Hook):
         if self._bar:
             lost_steps = found["at_step"] - 1 - context.progress.step
             self._bar.update(-lost_steps * context.run.stage.budget.tokens_per_batch)
-
-    def end(self, context: Context) -> None:  # noqa: ARG002
-        """Close it."""
-        self._stack.close()
 
 
 class _Summary(Hook):

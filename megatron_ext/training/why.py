@@ -26,7 +26,7 @@ from megatron_ext.config.schedule import learning_rate
 from megatron_ext.data.ledger import documents
 from megatron_ext.data.loader import Loader
 from megatron_ext.data.prepare import Prepared, open_prepared
-from megatron_ext.distributed import Groups, agreed_with_rank_0, process_groups, seed_step
+from megatron_ext.distributed import Groups, from_rank_0, process_groups, seed_step
 from megatron_ext.progress import progress as showing
 from megatron_ext.runs import Run
 from megatron_ext.training.fallback import check_whole
@@ -57,7 +57,7 @@ def replay(groups: Groups, folder: Path, step: int) -> Json:
 
     Raises, on every rank, what `find_step` does, and `DamagedCheckpointError`.
     """
-    recorded = agreed_with_rank_0(groups.rank, lambda: find_step(folder, step))
+    recorded = from_rank_0(groups, "finding the step", lambda: find_step(folder, step))
     run = recorded.run
     prepared = open_prepared(run)
     if recorded.checkpoint is None:
