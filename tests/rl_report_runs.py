@@ -18,7 +18,8 @@ from tests.unit.test_reports import MODEL, TOKENS
 
 LARGE = replace(MODEL, max_positions=16_384)
 VERDICTS = {"correct": 0, "wrong": 0, "unparseable": 1, "error": 0, "timed_out": 2, "crashed": 1}
-ENDS = {"base": 6 * TOKENS, "stable": 14 * TOKENS, "long": 18 * TOKENS}  # lineage tokens
+ENDS = {"base": 6 * TOKENS, "stable": 14 * TOKENS, "long": 18 * TOKENS, "short": 18 * TOKENS}  # lineage tokens
+GROUPS = Rollouts(prompts_per_step=4, responses_per_prompt=8, prompts_per_update=2, max_prompt_tokens=16)
 SAMPLED = 32  # responses of a rollout step
 
 
@@ -34,9 +35,9 @@ def rl(name: str, start: str, sets: Sequence[str] = ("sums",), caps: Sequence[tu
         start=Weights(stage=start),
         model=more.pop("model", LARGE),
         problems=problems("train"),
-        validation=Validation(sets=tuple(map(problems, sets)), max_prompt_tokens=16),
+        validation=Validation(sets=tuple(map(problems, sets)), cap_tokens=more.pop("validation_cap", None), max_prompt_tokens=16),
         lengths=lengths,
-        rollouts=Rollouts(prompts_per_step=4, responses_per_prompt=8, prompts_per_update=2, max_prompt_tokens=16),
+        rollouts=more.pop("rollouts", GROUPS),
         precision="fp32",
         plan=RLPlan(device="cpu", ranks_per_node=1),
         **{"steps": 8, **more},
@@ -76,7 +77,7 @@ def rollout(stage: RLStage, step: int, lineage: int) -> dict[str, Any]:
         "loss": 0.01, "grad_norm": 0.5, "grad_norm_max": 0.6, "learning_rate": stage.learning_rate, "updates": 2 * step, "tokens": tokens,
         "lineage_tokens": lineage + tokens, "cap_tokens": cap_at(stage, step - 1), "reward_mean": -0.5 + 0.05 * step, "reward_min": -1.0,
         "reward_max": 1.0, "accuracy": right / SAMPLED, "informative_share": 0.5, "num_prompts": 4, "num_responses": SAMPLED,
-        "num_unused": 0, "num_left_out": 0, "removed_problems": 0, "epoch": 0, "rollouts_sha256": "0",
+        "num_unused": 0, "graders_lost": 0, "num_left_out": 0, "removed_problems": 0, "epoch": 0, "rollouts_sha256": "0",
         "trained_tokens": 800, "canary_gap": None,
         "response_tokens_mean": 25.0, "response_tokens_max": 60, "correct_tokens_mean": 20.0, "truncated_share": 0.125,
         "prompt_tokens_mean": 9.0, "prompt_tokens_max": 12, **VERDICTS, "correct": right,
@@ -91,8 +92,9 @@ def validation(stage: RLStage, step: int, name: str, score: Score, template: str
     return {
         "set": name, "accuracy": score.correct / score.problems, "num_problems": score.problems, "num_correct": score.correct,
         "num_left_out": score.left_out, "response_tokens_mean": 25.0, "correct_tokens_mean": score.tokens, "truncated_share": 0.25,
-        "cap_tokens": cap_at(stage, step), "template": template, "template_version": 1, "updates": 2 * step, "seconds": 1.5,
-        "tokens": 25 * SAMPLED * step, "lineage_tokens": 25 * SAMPLED * step, "response_tokens_max": 60, **VERDICTS,
+        "cap_tokens": stage.validation.cap_tokens or cap_at(stage, step), "template": template, "template_version": 1,
+        "updates": 2 * step, "seconds": 1.5, "tokens": 25 * SAMPLED * step, "lineage_tokens": 25 * SAMPLED * step,
+        "response_tokens_max": 60, **VERDICTS,
     }  # fmt: skip
 
 

@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import random
-import resource
 import statistics
 import sys
 import time
@@ -28,16 +27,14 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 
-from math_verify import parse, verify
-
 from megatron_ext.config.rl_plan import RLPlan
 from megatron_ext.tasks.grading import Verdict, grade
 from megatron_ext.tasks.problems import Problem
 from megatron_ext.tasks.workers import GradingPool, count_outcomes
+from tools.plain_grading import MEMORY_BYTES, as_its_readme, limit_memory, without_alarms
 
 WORKERS = 2
 DEADLINE_SECONDS = RLPlan().grading_seconds  # of processor time for one answer, as a run has it
-MEMORY_BYTES = 2**30
 RECYCLE_AFTER = 1000
 CHUNK = 16  # answers in one message of the plain pool; the default, 1, is slower
 WARM_UP = 200
@@ -106,22 +103,6 @@ def make_answers(seed: int, count: int, num_hostile: int) -> tuple[list[Answer],
             answer = HOSTILE[(seed * num_hostile + len([one for one in hostile if one < position])) % len(HOSTILE)]
         answers.append((gold, f"We work it out step by step, and so the answer is \\boxed{{{answer}}}."))
     return answers, hostile
-
-
-def as_its_readme(gold: str, response: str) -> bool:
-    """math-verify with its own time-outs, which are alarms."""
-    return verify(parse(f"${gold}$"), parse(response))
-
-
-def without_alarms(gold: str, response: str) -> bool:
-    """The same; the pool keeps the time."""
-    return verify(parse(f"${gold}$", parsing_timeout=None), parse(response, parsing_timeout=None), timeout_seconds=None)
-
-
-def limit_memory() -> None:
-    """What a process of the plain pool does first."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    logging.disable()
 
 
 class Plain:
@@ -232,6 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import bench_grading  # by its name, so that the workers find its functions
-
-    bench_grading.main()
+    main()

@@ -181,6 +181,8 @@ class Rollouts:
             )
         if self.resample_uninformative < 0:
             raise ConfigError(f"rollouts: resample_uninformative is {self.resample_uninformative}, must not be negative")
+        if self.resample_uninformative and self.responses_per_prompt == 1:
+            raise ConfigError("rollouts: resample_uninformative needs responses_per_prompt above 1: no group of one has a difference")
         if self.resample_uninformative and self.max_staleness:
             raise ConfigError("rollouts: resample_uninformative needs max_staleness=0: what is informative is known after grading alone")
         if self.drop_easy_share is not None and not 0 < self.drop_easy_share <= 1:

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ext.attempts import pulse
 from megatron_ext.config.rl import Sampling
 from megatron_ext.model.bucket import Bucket
 
@@ -97,6 +98,7 @@ def collect(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
     """Wait for the answers to requests that were submitted, and no others with them; in the order of the requests."""
     found: dict[int, Generation] = {}
     while len(found) < len(requests):
+        pulse()
         ended = engine.poll()
         assert ended, "the engine has nothing left to do, but answers are missing"
         found.update((one.id, one) for one in ended)

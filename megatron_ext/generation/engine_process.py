@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_ext.attempts import pulse
 from megatron_ext.errors import LaunchError, MegatronExtError, TrainingError
 from megatron_ext.generation.engine import EngineStats, Generation, Request
 from megatron_ext.generation.engine_server import SteppedEngine, send_bucket
@@ -154,6 +155,7 @@ class EngineProcess:
     def _await_word(self, doing: str, limit_seconds: float) -> None:
         end = time.monotonic() + limit_seconds
         while not self._channel.poll(min(LOOK_SECONDS, limit_seconds)):
+            pulse()
             if self._process.poll() is not None and not self._channel.poll(0):
                 self._fail(doing)  # a child of its own may hold the channel open
             if time.monotonic() >= end:

@@ -19,6 +19,7 @@ import torch
 from megatron_ext.errors import MegatronExtError
 from megatron_ext.generation.engine import Generation
 from megatron_ext.generation.read_back import ReadableEngine
+from megatron_ext.interruption import leave_to_parent
 from megatron_ext.model.bucket import Bucket
 
 LOOK_SECONDS = 1.0  # how often an idle server looks whether its caller still lives
@@ -109,6 +110,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 def main() -> None:
     """Make the engine that standard input describes, and serve it."""
+    leave_to_parent()
     channel, caller = Connection(int(sys.argv[1])), int(sys.argv[2])
     os.set_inheritable(channel.fileno(), False)
     make, arguments = pickle.load(sys.stdin.buffer)

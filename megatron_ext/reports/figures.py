@@ -25,6 +25,7 @@ from megatron_ext.reports.style import (
     source_colours,
     stage_colours,
     stage_lines,
+    taking_turns,
     token_axis,
 )
 from megatron_ext.reports.tables import number, origin, parent_name
@@ -107,7 +108,7 @@ def _draw_rates(axes: Axes, reading: Reading, stages: list[StageData]) -> None:
             s.name for s in stages if parent_name(s) and (s.config.start, s.config.schedule) == (stage.config.start, stage.config.schedule)
         ]
         place = same.index(stage.name) if stage.name in same else 0
-        dashes = "-" if len(same) < 2 else (4.0 * place, (4.0, 4.0 * (len(same) - 1)))
+        dashes = taking_turns(place, max(1, len(same)), 4.0)
         axes.plot(x, y, color=colours[stage.name], linestyle=dashes, linewidth=1.7, dash_capstyle="butt")
     rate_axis(axes)
 

@@ -38,13 +38,13 @@ def amount(value: float | None) -> str:
     return count(value) if value is None or value < 1e8 else tokens(value)
 
 
-def rate(value: float | None) -> str:
-    """A learning rate: 2e-05 -> 2e-5."""
+def rate(value: float | None, decimals: int = 2) -> str:
+    """A learning rate, or what else is small: 2e-05 -> 2e-5."""
     if value is None:
         return NONE
     if value == 0:
         return "0"
-    mantissa, exponent = f"{value:.2e}".split("e")
+    mantissa, exponent = f"{value:.{decimals}e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
@@ -84,11 +84,15 @@ def memory(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """A length of time in the two units that matter."""
+    """A length of time in the two units that matter, to three digits or so: 0.00858 -> 8.58 ms, 3725 -> 1 h 02 min."""
     if value is None:
         return NONE
+    if value < 60 and value == round(value):
+        return f"{value:.0f} s"
+    if value < 0.9995:
+        return f"{1000 * value:.{2 if value < 0.01 else 1 if value < 0.1 else 0}f} ms"
     if value < 10:
-        return f"{value:.3g} s"
+        return f"{value:.2f} s"
     if value < 60:
         return f"{value:.0f} s"
     minutes, rest = divmod(round(value), 60)

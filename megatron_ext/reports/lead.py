@@ -1,4 +1,4 @@
-"""The one sentence that opens the page: what was run. Pure."""
+"""What was run: the one sentence that opens the page, and the one that tells of the stages. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOST_NAMES = 8  # of stages that start alike; the lineage figure below has them 
 
 
 def lead(reading: Reading) -> str:
-    """Model, tokens, stages and how they hang together; what is done of it."""
+    """Model, tokens and number of stages; what is done of it."""
     stages = reading.training
     if not stages:
         return f"Graph {reading.graph}: {_rl(reading) or many(len(reading.stages), 'stage') + ', none of them training'}."
@@ -21,9 +21,14 @@ def lead(reading: Reading) -> str:
     models = {s.config.model.name: s.config.model.num_parameters for s in stages}
     model = listed([f"{name} ({tokens(size)} parameters)" for name, size in models.items()])
     where = listed(sorted({f"{s.config.plan.device.upper()} in {s.config.precision.upper()}" for s in stages}))
-    parts = [_part(group) for group in _families(stages)]
-    trained = f"{model} trained for {amount} tokens on {where}, in {many(len(stages), 'stage')}: {'; '.join(parts)}"
-    return f"Graph {reading.graph}: {trained}{'; then ' if reading.rl else ''}{_rl(reading)}."
+    trained = f"{model} trained for {amount} tokens in {many(len(stages), 'stage')} on {where}"
+    return f"Graph {reading.graph}: {trained}{', then ' if reading.rl else ''}{_rl(reading)}."
+
+
+def descent(reading: Reading) -> str:
+    """How the training stages hang together; '' where there is none."""
+    parts = "; ".join(_part(group) for group in _families(reading.training))
+    return f"Training: {parts}." if parts else ""
 
 
 def _families(stages: tuple[StageData, ...]) -> list[list[StageData]]:
@@ -44,7 +49,8 @@ def _rl(reading: Reading) -> str:
     steps = sorted({s.config.steps for s in reading.rl})
     length = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
     each = " each" if len(reading.rl) > 1 else ""
-    return f"reinforcement learning from {_some(starts)} ({length} rollout steps{each})"
+    checkpoints = starts[0] if len(starts) == 1 else f"{len(starts)} checkpoints"
+    return f"reinforcement learning from {checkpoints} ({length} rollout steps{each})"
 
 
 def _some(names: list[str]) -> str:

@@ -14,7 +14,7 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.3rem; margin: 3rem 0 .6rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
 p { max-width: 50rem; margin: .5rem 0; }
-nav { font-size: .9rem; margin: 1rem 0; } nav a { margin-right: 1rem; }
+nav { font-size: .9rem; margin: 1rem 0; } nav a { display: inline-block; margin-right: 1rem; }
 a { color: #0a58a8; text-decoration: none; } a:hover { text-decoration: underline; }
 .lead { font-size: 1.08rem; }
 .muted { color: var(--muted); font-size: .88rem; }
@@ -22,6 +22,7 @@ a { color: #0a58a8; text-decoration: none; } a:hover { text-decoration: underlin
 .notes ul { margin: .3rem 0; padding-left: 1.2rem; }
 figure { margin: 1rem 0 1.4rem; }
 figure img { display: block; max-width: 100%; height: auto; }
+@media (max-width: 44rem) { figure a { display: block; overflow-x: auto; } figure img { max-width: max(100%, 52rem); } }
 figcaption { font-size: .9rem; color: var(--ink); max-width: 52rem; margin-top: .5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; margin: .4rem 0 1rem; font-variant-numeric: tabular-nums; }

@@ -13,6 +13,7 @@ from megatron_ext.attempts import EXIT, FALLBACK, RECORD
 from megatron_ext.config.base import Json
 from megatron_ext.config.stages import RLStage, TrainStage, inputs
 from megatron_ext.errors import CheckpointError
+from megatron_ext.goodput import Goodput, Interval, goodput, interval
 from megatron_ext.metrics import Record, read_metrics
 from megatron_ext.provenance import CORPUS, MANIFEST, CorpusIndex, Manifest, file_sha256, read_corpus, read_manifest
 from megatron_ext.runs import ATTEMPTS, CHECKPOINTS, PROVENANCE, RECIPE, Run, attempt_numbers, open_run, read_done, read_json
@@ -57,6 +58,8 @@ class StageData:
     corpus: CorpusIndex | None = None
     done: Json = field(default_factory=dict)
     provenance: Json = field(default_factory=dict)
+    time: Goodput = field(default_factory=Goodput)  # what the stage made of it
+    save_interval: Interval | None = None
 
     @property
     def kind(self) -> str:
@@ -138,6 +141,7 @@ def _stage(run: Run) -> StageData:
     iteration, damage = newest(run.checkpoints_path)
     manifest = None if iteration is None else read_manifest(iteration_path(run.checkpoints_path, iteration))
     parent_sha256, parent_thinned_from = _parent_now(run, manifest)
+    time = goodput(run)
     return StageData(
         name=run.name,
         state=state,
@@ -157,6 +161,8 @@ def _stage(run: Run) -> StageData:
         corpus=read_corpus(run.path) if (run.path / CORPUS).is_file() else None,
         done=read_done(run) if state == "done" else {},
         provenance=read_json(run.path / PROVENANCE, "what the run was made with") if has_provenance else {},
+        time=time,
+        save_interval=interval(run, time),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_ext.reports.format import listed, many, percent
 from megatron_ext.reports.read import StageData
 from megatron_ext.reports.rl_rows import RLPoint
-from megatron_ext.reports.rl_tables import ALL_SETS, VERDICTS, curve_rows_of, mean_of
+from megatron_ext.reports.rl_tables import ALL_SETS, VERDICTS, curve_rows_of, learnt_nothing, mean_of
 from megatron_ext.reports.tables import end_records
 
 LEAST_INFORMATIVE, SILENT_STEPS = 0.05, 10  # fewer groups with a difference than this, for so many steps: nothing is learned
@@ -37,7 +37,9 @@ def rl_findings(stage: StageData) -> list[str]:
 
 
 def _signal(stage: StageData) -> list[str]:
-    """Long stretches in which all rewards of nearly every group were equal."""
+    """Long stretches in which all rewards of nearly every group were equal; a group of one is never compared."""
+    if stage.config.rollouts.responses_per_prompt == 1:
+        return []
     longest: list[int] = []
     current: list[int] = []
     for record in stage.rl:
@@ -48,6 +50,8 @@ def _signal(stage: StageData) -> list[str]:
     when = (
         f"at all {many(len(longest), 'recorded step')}" if len(longest) == len(stage.rl) else f"in steps {longest[0]:,} to {longest[-1]:,}"
     )
+    if learnt_nothing(stage):
+        return [f"every group had equal rewards {when}, so nothing was learnt."]
     return [f"less than {percent(LEAST_INFORMATIVE, 0)} of the groups had unequal rewards {when}; groups with equal rewards teach nothing."]
 
 

@@ -10,11 +10,11 @@ from megatron_ext.reports import rl_tables as tables
 from megatron_ext.reports.board import Board, Section, as_json
 from megatron_ext.reports.figures import SMOOTHING_LEAST, SMOOTHING_SHARE
 from megatron_ext.reports.markup import Cell
+from megatron_ext.reports.rl_captions import ARROW, caps_caption, coinciding_caption, gradient_caption, intervals_caption, recorded_caps
 from megatron_ext.reports.rl_comparison import comparison_rows, headline_set
-from megatron_ext.reports.rl_figures import MOST_MARKS, SMOOTHED, draw_curves, draw_training
-from megatron_ext.reports.rl_rows import Cap, RLComparisonRow, RLPoint, RLRunRow, RLScoreRow
-
-ARROW = " \N{RIGHTWARDS ARROW} "
+from megatron_ext.reports.rl_figures import draw_curves
+from megatron_ext.reports.rl_health_figure import draw_training
+from megatron_ext.reports.rl_rows import RLComparisonRow, RLPoint, RLRunRow, RLScoreRow
 
 
 def reinforcement(board: Board) -> Section | None:
@@ -29,11 +29,10 @@ def reinforcement(board: Board) -> Section | None:
         lambda path: draw_curves(reading, curves, path),
         "Accuracy and length of correct responses over rollout steps, one curve for each start.",
         "Held-out accuracy with greedy answers (above) and mean tokens of the correct ones (below) over the rollout steps of "
-        "reinforcement learning, one curve for each checkpoint that it started from; step 0 is that checkpoint. Shaded, or as bars "
-        f"at the end: 95 % intervals. Of more than {MOST_MARKS} validations each is faint, and bold is a centred mean of {SMOOTHED}. "
-        f"Dashed: the length cap of rollouts, {_caps_caption(runs)}; dotted verticals mark its changes. "
+        f"reinforcement learning, one curve for each checkpoint that it started from; step 0 is that checkpoint. "
+        f"{intervals_caption(curves)} {caps_caption(reading, runs)} {coinciding_caption(reading, curves)}"
         "What to look at: how far apart the curves end, and whether length grows with accuracy or alone towards the cap. "
-        "The paper's plots count updates, not rollout steps. Lengths are drawn on a scale of powers of two; k is 1,024.",
+        "Lengths are drawn on a scale of powers of two; k is 1,024.",
         "No validation has been recorded yet.",
     )
     html += _score_tables(board, scores)
@@ -46,7 +45,7 @@ def reinforcement(board: Board) -> Section | None:
         f"{show.percent(SMOOTHING_SHARE, 0)} of a run's recorded steps, at least {SMOOTHING_LEAST} where there are enough. "
         "What to look at: groups whose rewards are all equal teach nothing, so their share must not fall to zero; entropy that falls to "
         "zero, or lengths that rise to the cap without reward, announce a collapse; the engine's probabilities of the sampled tokens "
-        "should agree with the trainer's.",
+        f"should agree with the trainer's.{gradient_caption(reading)}",
         "No rollout step has been recorded yet.",
     )
     html += _run_tables(board, runs)
@@ -115,11 +114,11 @@ def _comparison_table(board: Board, rows: list[RLComparisonRow]) -> str:
 def _run_tables(board: Board, rows: list[RLRunRow]) -> str:
     settings = markup.table(
         "Runs",
-        ["run", "starts from", "which is", "template", "reward", "length caps (tokens)", "#rollout steps", "#updates", "#responses a step",
-         "#response tokens"],
+        ["run", "starts from", "which is", "template", "reward", "caps of rollouts (tokens)", "#rollout steps", "#updates",
+         "#responses a step", "#response tokens"],
         [
             [
-                board.name(r.stage), r.start, markup.chip(None, r.start_is), r.template, r.reward, _caps(r.caps),
+                board.name(r.stage), r.start, markup.chip(None, r.start_is), r.template, r.reward, recorded_caps(r.caps),
                 f"{r.steps:,}" if r.steps == r.steps_planned else f"{r.steps:,} of {r.steps_planned:,}", show.count(r.updates),
                 show.count(r.num_responses), show.tokens(r.response_tokens),
             ]
@@ -138,7 +137,7 @@ def _run_tables(board: Board, rows: list[RLRunRow]) -> str:
                 board.name(r.stage), show.many(r.last_steps, "step"), show.change(r.reward_mean), show.percent(r.informative_share),
                 show.percent(r.truncated_share), show.percent(r.loop_share), show.percent(r.box_first_share),
                 show.percent(r.text_after_box_share), show.loss(r.approx_entropy),
-                show.NONE if r.token_mult_prob_error is None else f"{r.token_mult_prob_error - 1:.1e}",
+                show.NONE if r.token_mult_prob_error is None else show.rate(r.token_mult_prob_error - 1, 1),
             ]
             for r in begun
         ],
@@ -186,23 +185,7 @@ def _points(value: float | None, low: float | None, high: float | None) -> Cell:
 
 
 def _both(row: RLScoreRow, key: str) -> Cell:
-    """A value before and after; once where it did not change."""
+    """A value before and after; once where it is a cap that did not change, or was never there."""
     form = show.percent if key == "truncated_share" else show.count
     before, after = (form(None if point is None else getattr(point, key)) for point in (row.before, row.after))
-    return after if key == "cap_tokens" and before == after else f"{before}{ARROW}{after}"
-
-
-def _caps(caps: tuple[Cap, ...]) -> str:
-    if not caps:
-        return show.NONE
-    return ARROW.join(f"{cap.cap_tokens:,}" + (f" (after {cap.after_step:,})" if i else "") for i, cap in enumerate(caps))
-
-
-def _caps_caption(rows: list[RLRunRow]) -> str:
-    """The caps of the runs in words, runs with the same ones together."""
-    of_caps: dict[str, list[str]] = {}
-    for row in rows:
-        of_caps.setdefault(_caps(row.caps) if row.caps else "none recorded", []).append(row.start)
-    if len(of_caps) == 1:
-        return f"{next(iter(of_caps))} tokens in every run"
-    return "; ".join(f"{caps} tokens from {show.listed(list(dict.fromkeys(starts)))}" for caps, starts in of_caps.items())
+    return after if before == after and (key == "cap_tokens" or after == show.NONE) else f"{before}{ARROW}{after}"

@@ -177,6 +177,11 @@ def score_rows(reading: Reading) -> list[RLScoreRow]:
     return rows
 
 
+def learnt_nothing(stage: StageData) -> bool:
+    """Whether all rewards of every group were equal at every recorded step, and no update had a gradient of another kind."""
+    return bool(stage.rl) and not any(record["informative_share"] or number(record, "grad_norm_max") for record in stage.rl)
+
+
 def grading_rows(reading: Reading) -> list[RLGradingRow]:
     """Every run that has sampled."""
     return [

@@ -1,48 +1,71 @@
-"""Whether mid-training mattered in this run, in plain words from the numbers: the page opens with it. Pure."""
+"""Whether mid-training mattered in this run, in few plain words from the numbers: the page opens with it. Pure.
+
+The tables have every gap with its interval; here stands what follows from them.
+"""
 
 from __future__ import annotations
 
-from megatron_ext.reports.format import change, listed, many, percent
+from megatron_ext.reports.format import listed, many
 from megatron_ext.reports.read import Reading
 from megatron_ext.reports.rl_comparison import comparison_rows, headline_set
+from megatron_ext.reports.rl_looks import run_names
 from megatron_ext.reports.rl_rows import RLComparisonRow, RLScoreRow
-from megatron_ext.reports.rl_tables import ALL_SETS, score_rows, start_is
+from megatron_ext.reports.rl_tables import ALL_SETS, learnt_nothing, score_rows, start_is
 
-CLAIM = "mid-training decides how far reinforcement learning takes a base model"  # the paper's finding
+CLAIM = "mid-training decides how far RL takes a base model"  # the paper's finding
+MOST_NAMES = 6  # of runs named one by one; of more, the lead gives the range and the tables each
+ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 def verdict(reading: Reading) -> list[str]:
-    """Paragraphs, the answer first; none where the report has no RL. What the numbers do not show is said as plainly as what they do."""
+    """One paragraph, the answer first; none where the report has no RL. What the numbers do not show is said as plainly as what they do."""
     if not reading.rl:
         return []
+    if idle := _nothing_learnt(reading):
+        return [idle]
+    names = run_names(reading)
     rows = comparison_rows(reading)
-    name = headline_set(rows)
+    scores = [row for row in score_rows(reading) if row.change is not None]
+    name = headline_set(rows) or (ALL_SETS if any(row.set == ALL_SETS for row in scores) else scores[0].set if scores else "")
+    scores = [row for row in scores if row.set == name]
     mine = [row for row in rows if row.set == name]
     controls = [row for row in mine if row.against_is == "untouched"]
     parents = [row for row in mine if row.against_is == "mid-trained"]
-    answer = _against_control(controls, _problems(reading, controls[0])) if controls else _no_control(reading)
-    more = [_gains(reading, name), *([_against_stable(parents)] if parents else []), *([_limits(mine)] if mine else [])]
-    return [answer, " ".join(more)]
+    said = [_against_control(controls, names) if controls else _no_control(reading), _before_after(scores, names)]
+    if scores:
+        said.append("; ".join([_gains(scores), *([_against_stable(parents, names)] if parents else [])]) + ".")
+    if mine:
+        said.append(_limits(mine))
+    return [" ".join(said)]
 
 
-def _gains(reading: Reading, name: str) -> str:
-    """Which runs RL itself made better."""
-    scores = [row for row in score_rows(reading) if row.set == name or not name]
-    risen = [row for row in scores if row.change_low is not None and row.change_low > 0]
-    measured = [row for row in scores if row.change is not None]
-    if not measured:
-        return "No run of reinforcement learning has been measured before and after yet."
-    if len(risen) == len(measured):
-        which = "every run" if len(measured) > 1 else "the run"
-        return f"Reinforcement learning raised accuracy in {which} ({_before_after(measured)})."
-    if not risen:
-        return f"Reinforcement learning raised accuracy in no run beyond the 95 % intervals ({_before_after(measured)})."
-    return f"Reinforcement learning raised accuracy in {len(risen)} of {many(len(measured), 'run')} ({_before_after(measured)})."
+def _nothing_learnt(reading: Reading) -> str:
+    """Where no run that has begun learnt anything, there is nothing else to say."""
+    begun = [run for run in reading.rl if run.rl]
+    if not begun or not all(map(learnt_nothing, begun)):
+        return ""
+    learnt = "learnt" if all(run.state == "done" for run in reading.rl) else "has learnt"
+    return (
+        f"No run of reinforcement learning {learnt} anything: in every group all rewards were equal, so this page cannot say whether "
+        "mid-training mattered."
+    )
 
 
-def _before_after(rows: list[RLScoreRow]) -> str:
-    arrow = "\N{RIGHTWARDS ARROW}"
-    return "; ".join(f"{r.stage} {percent(r.before.accuracy)} {arrow} {percent(r.after.accuracy)}" for r in rows if r.before and r.after)
+def _against_control(rows: list[RLComparisonRow], names: dict[str, str]) -> str:
+    below, level = _found(rows, "below", names), _found(rows, "not told apart", names)
+    above = _found([row for row in rows if row.raised], "above", names)
+    idle = _found([row for row in rows if not row.raised], "above", names)
+    doubts = [f"{_some(level)} cannot be told apart from it"] if level else []
+    doubts += [f"{_some(below)} {_ends(below)} below it"] if below else []
+    doubts += [f"{_some(idle)} {_ends(idle)} above it, but not because RL raised accuracy"] if idle else []
+    if not doubts:
+        which = "every mid-trained start ends" if len(rows) > 1 else "the mid-trained start ends"
+        return f"Mid-training mattered in this run, as the paper finds: {which} above its untouched base."
+    if above:
+        said = f"{_some(above)} {_ends(above)} above the untouched base, but {' and '.join(doubts)}"
+        return f"This run shows the paper's finding, that {CLAIM}, only in part: {said}."
+    said = f"none was raised above the untouched base ({' and '.join(doubts)})"
+    return f"This run does not show what the paper shows, that {CLAIM}: {said}."
 
 
 def _no_control(reading: Reading) -> str:
@@ -54,69 +77,62 @@ def _no_control(reading: Reading) -> str:
     return "No mid-trained start has been measured beside its untouched base after any step yet, so the question is still open."
 
 
-def _against_control(rows: list[RLComparisonRow], problems: str) -> str:
-    below, level = _starts(rows, "below"), _starts(rows, "not told apart")
-    above = [row.start for row in rows if row.finding == "above" and row.raised]
-    idle = [row.start for row in rows if row.finding == "above" and not row.raised]
-    base = listed(list(dict.fromkeys(row.against_start for row in rows)))
-    how = "stands against that of the untouched"
-    where = f"{_when(rows)} the accuracy on {problems} {how} {base} as follows, with 95 % intervals: {_gaps(rows)}."
-    doubts = [f"{listed(level)} cannot be told apart from it"] if level else []
-    doubts += [f"{listed(below)} {_ends(below)} below it"] if below else []
-    doubts += [f"{listed(idle)} {_ends(idle)} above it, but not because RL raised accuracy"] if idle else []
-    if not doubts:
-        which = "every mid-trained start ends" if len(rows) > 1 else "the mid-trained start ends"
-        return f"Mid-training mattered in this run, as the paper finds: {which} above its untouched base. {where}"
-    if above:
-        said = f"{listed(above)} {_ends(above)} above the untouched base, but {' and '.join(doubts)}"
-        return f"This run shows the paper's finding, that {CLAIM}, only in part: {said}. {where}"
-    said = f"none was raised above the untouched base ({' and '.join(doubts)})"
-    return f"This run does not show what the paper shows, that {CLAIM}: {said}. {where}"
+def _before_after(rows: list[RLScoreRow], names: dict[str, str]) -> str:
+    """Accuracy of each run, or the range where they are many."""
+    if not rows:
+        return "No run of reinforcement learning has been measured before and after yet."
+    before, after = ([100 * point.accuracy for row in rows if (point := getattr(row, end))] for end in ("before", "after"))
+    if len(rows) > MOST_NAMES:
+        span = f"{min(before):.1f} to {max(before):.1f} {ARROW} {min(after):.1f} to {max(after):.1f} % in {many(len(rows), 'run')}"
+    else:
+        pairs = zip(rows, before, after, strict=True)
+        span = ", ".join(f"{names[row.stage]} {first:.1f} {ARROW} {last:.1f} %" for row, first, last in pairs)
+    sets = f"the {ALL_SETS}" if rows[0].set == ALL_SETS else rows[0].set
+    return f"Accuracy on {sets} ({rows[0].num_problems:,} problems) before {ARROW} {_when(rows)}: {span}."
 
 
-def _against_stable(rows: list[RLComparisonRow]) -> str:
+def _when(rows: list[RLScoreRow]) -> str:
+    """The paper's plots count updates, so they are named where they are not the rollout steps."""
+    if len({(row.after.step, row.after.updates) for row in rows if row.after}) > 1 or rows[0].after is None:
+        return "after RL"
+    point = rows[0].after
+    updates = f" ({many(point.updates, 'update')})" if point.updates and point.updates != point.step else ""
+    return f"after {many(point.step, 'rollout step')}{updates}"
+
+
+def _gains(rows: list[RLScoreRow]) -> str:
+    """How many runs RL itself made better."""
+    risen = sum(row.change_low is not None and row.change_low > 0 for row in rows)
+    which = (
+        "no run" if not risen else f"{risen} of {many(len(rows), 'run')}" if risen < len(rows) else "every run" if risen > 1 else "the run"
+    )
+    return f"RL raised {which} beyond the 95 % interval"
+
+
+def _against_stable(rows: list[RLComparisonRow], names: dict[str, str]) -> str:
     parent = listed(list(dict.fromkeys(row.against_start for row in rows)))
-    above, below = _starts(rows, "above"), _starts(rows, "below")
-    parts = [f"{listed(above)} {_ends(above)} above it"] if above else ["none ends above it beyond the interval"]
-    parts += [f"{listed(below)} {_ends(below)} below it"] if below else []
-    return f"Against {parent}, the checkpoint that the branches leave, with 95 % intervals: {_gaps(rows)}; {' and '.join(parts)}."
+    above, below = _found(rows, "above", names), _found(rows, "below", names)
+    parts = [f"{_some(above)} {_ends(above)} above {parent}, which the branches leave" if above else f"no branch ends above {parent}"]
+    parts += [f"{_some(below)} {_ends(below)} below it"] if below else []
+    return " and ".join(parts)
 
 
 def _limits(rows: list[RLComparisonRow]) -> str:
-    text = "The intervals are those of the problems, taken as if each run had its own; they know nothing of other seeds."
+    """What stands against the comparison."""
     others = sorted({key for row in rows for key in row.differs_in})
-    if others:
-        text += f" Beside the start, some compared runs differ in {listed(others)}."
+    differ = f"Some compared runs differ in {listed(others)}, too. " if others else ""
     capped = list(dict.fromkeys(row.stage for row in rows if row.cap_tokens != row.against_cap_tokens))
-    if capped:
-        text += f" {listed(capped)} {'was' if len(capped) == 1 else 'were'} measured under another length cap than a run compared with."
-    return text
+    were = "was" if len(capped) == 1 else "were"
+    cap = f"{_some(capped)} {were} measured under another length cap than a run compared with. " if capped else ""
+    return f"{differ}{cap}No interval knows of other seeds."
 
 
-def _problems(reading: Reading, row: RLComparisonRow) -> str:
-    num = next((s.num_problems for s in score_rows(reading) if (s.stage, s.set) == (row.stage, row.set)), 0)
-    return f"the {ALL_SETS} ({num:,} problems)" if row.set == ALL_SETS else f"{row.set} ({num:,} problems)"
+def _found(rows: list[RLComparisonRow], finding: str, names: dict[str, str]) -> list[str]:
+    return [names[row.stage] for row in rows if row.finding == finding]
 
 
-def _when(rows: list[RLComparisonRow]) -> str:
-    steps = {row.step for row in rows}
-    if len(steps) > 1:
-        return "At the last rollout step that both have measured,"
-    updates = f" ({rows[0].updates:,} updates)" if rows[0].updates else ""
-    return f"After {many(rows[0].step, 'rollout step')}{updates}"
-
-
-def _gaps(rows: list[RLComparisonRow]) -> str:
-    several = len({row.against for row in rows}) > 1
-    return "; ".join(
-        f"{row.start} {change(100 * row.difference, 1)} points{' over ' + row.against_start if several else ''} "
-        f"[{change(100 * row.low, 1)} to {change(100 * row.high, 1)}]"
-        for row in rows
-    )
-
-
-def _starts(rows: list[RLComparisonRow], finding: str) -> list[str]:
-    return [row.start for row in rows if row.finding == finding]
+def _some(names: list[str]) -> str:
+    return listed(names if len(names) <= MOST_NAMES else [*names[:2], f"{len(names) - 2} more"])
 
 
 def _ends(names: list[str]) -> str:

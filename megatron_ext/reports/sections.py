@@ -18,6 +18,8 @@ from megatron_ext.reports.figures import (
     draw_source_tokens,
     draw_training,
 )
+from megatron_ext.reports.goodput_section import time_spent
+from megatron_ext.reports.lead import descent
 from megatron_ext.reports.lineage_figure import draw_lineage
 from megatron_ext.reports.markup import Cell
 from megatron_ext.reports.rl_sections import reinforcement
@@ -29,7 +31,8 @@ def lineage(board: Board) -> Section:
     """The graph, the stages, and the tree of starts with its joints."""
     reading = board.reading
     stages, joints = tables.stage_rows(reading), tables.joint_rows(reading)
-    html = board.figure(
+    html = markup.paragraph(text) if (text := descent(reading)) else ""
+    html += board.figure(
         "lineage",
         lambda path: draw_lineage(reading, path),
         "Graph of the stages, left to right, with the tokens and learning rates of each.",
@@ -54,7 +57,7 @@ def lineage(board: Board) -> Section:
         at = {row.stage: row for row in joints}
         html += markup.table(
             "Where each stage starts",
-            ["stage", "starts from", "how", "#parent tokens", "#lineage tokens", "#LR before", "#LR after"],
+            ["stage", "starts from", "how", "#parent tokens", "#lineage tokens", "#LR before", "#LR of the first step"],
             [[markup.branch(r.mark, board.name(r.stage)), *_joint_cells(at.get(r.stage))] for r in tree],
         )
     return Section("lineage", "Lineage", html, {"stages": as_json(stages), "joints": as_json(joints), "tree": as_json(tree)})
@@ -281,5 +284,6 @@ SECTIONS: tuple[Callable[[Board], Section | None], ...] = (
     heldout_sources,
     data,
     throughput,
+    time_spent,
     provenance,
 )

@@ -104,6 +104,21 @@ def _cycled(colours: dict[str, str]) -> dict[str, str]:
     return styles
 
 
+def taking_turns(place: int, count: int, dash_points: float, gap_points: float = 0.0) -> Any:
+    """Line style of one of `count` curves on one line: its dashes lie where the others have gaps. Lengths are in line widths."""
+    period = dash_points + gap_points
+    return "-" if count == 1 and not gap_points else (period * place, (dash_points, count * period - dash_points))
+
+
+def say_absent(axes: Axes, text: str) -> None:
+    """Words where a panel has nothing to draw; what else is drawn there, a cap, stays behind them."""
+    look: Any = {"ha": "center", "va": "center", "color": MUTED, "fontsize": 8.5, "zorder": 4}
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, bbox={"facecolor": "white", "edgecolor": "none", "pad": 3}, **look)
+    if not axes.lines:
+        axes.set_yticks([])
+        axes.grid(visible=False)
+
+
 def legend_columns(names: list[str], width_inches: float = 10.0) -> int:
     """How many entries stand side by side over a figure: some 11.5 letters an inch, 8 of them for each line; rows of one length."""
     most = max(1, int(11.5 * width_inches) // (max(map(len, names)) + 8))

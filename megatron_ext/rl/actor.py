@@ -41,9 +41,10 @@ class Actor:
     def answers(self, requests: Sequence[Request]) -> list[Generation]:
         """Wait for the answers to what was asked: in the order of the requests, on rank 0; nothing on the others."""
         answered = agreed(self.groups, "sampling", lambda: collect(self._engine, self._own(requests)))
-        speaks = self.groups.tensor_rank == 0 and self.groups.pipeline_rank == 0
-        gathered: list[list[Generation]] | None = [[]] * self.groups.plan.num_ranks if self.groups.rank == 0 else None
-        dist.gather_object(answered if speaks else [], gathered)
+        if self.groups.tensor_rank or self.groups.pipeline_rank:
+            return []  # the first rank of each model copy speaks for it
+        gathered: list[list[Generation]] | None = [[]] * self.groups.plan.data_parallel if self.groups.rank == 0 else None
+        dist.gather_object(answered, gathered, group=self.groups.collection.dp)
         if gathered is None:
             return []
         by_id = {one.id: one for answers in gathered for one in answers}

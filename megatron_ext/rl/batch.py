@@ -161,7 +161,8 @@ def micro_batch(samples: Sequence[Sample], rows: Sequence[Row], shape: Shape, pl
         for i in row:
             one = samples[i]
             end = start + one.num_inputs
-            tokens_RS[r, start:end] = [*one.prompt, *one.response[:-1]]
+            tokens_RS[r, start : start + len(one.prompt)] = one.prompt
+            tokens_RS[r, start + len(one.prompt) : end] = one.response[:-1]
             position_ids_RS[r, start:end] = np.arange(end - start)
             sequence_RS[r, start:end] = i
             positions.append(np.arange(start + len(one.prompt) - 1, end) * shape.num_rows + r)

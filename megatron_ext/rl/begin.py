@@ -27,6 +27,7 @@ from megatron_ext.tasks.problems import stage_problems
 from megatron_ext.tasks.prompts import Prompts, prompts
 from megatron_ext.tasks.templates import Template, template
 from megatron_ext.tokenizer import Tokenizer, tokenizer_of_files
+from megatron_ext.training.hooks import say
 from megatron_ext.training.start import Began, begin, parent_checkpoint
 
 
@@ -78,7 +79,7 @@ def begin_learning(run: Run, groups: Groups, attempt: Attempt) -> Begun:
         log = attempt.path / f"validation_engine.rank{groups.rank}.txt"
         second, validator_hand_over = make_engine(beside, began.state, groups, tokenizer, files, log)
         validator = replace(actor, engine=second)
-    pool = grading_pool(stage.plan) if groups.rank == 0 else None
+    pool = grading_pool(stage.plan, tell=say) if groups.rank == 0 else None
     made = _prompts_on_rank_0(run, groups, chosen, tokenizer)
     source = RolloutSource(run, actor, made[0], chosen.stop_strings, pool)
     heldout = [HeldOutSet(one.name, found) for one, found in zip(stage.validation.sets, made[1:], strict=True)]

@@ -5,7 +5,7 @@ All that reads a text to its end is done in the workers: on one rank it would ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,8 @@ RECYCLE_AFTER = 2_000  # answers of one worker: sympy's caches grow
 WARM_UP = ((Problem("warm-up", "", ("\\frac{1}{2}",), ""), "\\boxed{x^2 - 1 + 0.5}", "correct"),)
 
 
-def grading_pool(plan: RLPlan) -> GradingPool[Verdict]:
-    """The workers of a plan."""
+def grading_pool(plan: RLPlan, tell: Callable[[str], None] = lambda _: None) -> GradingPool[Verdict]:
+    """The workers of a plan; `tell` gets a line about each that was lost."""
     return GradingPool(
         full_grade,
         workers=plan.grading_workers,
@@ -35,6 +35,7 @@ def grading_pool(plan: RLPlan) -> GradingPool[Verdict]:
         memory_bytes=plan.grading_memory_bytes,
         recycle_after=RECYCLE_AFTER,
         warm_up=WARM_UP,
+        tell=tell,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_ext.rl.rollouts import Batch, Rollout
 
 Record = dict[str, Any]
+UNINFORMATIVE_SHARE = 0.05  # of a step's groups: where fewer earned different rewards, it taught next to nothing
 OUTCOMES = ("correct", "wrong", "unparseable", "error", "timed_out", "crashed")
 
 
@@ -38,6 +39,24 @@ def rollout_record(batch: Batch, group: int) -> Record:
         "text_after_box_share": _share(one.behaviour.text_after_box for one in rollouts),
         "rollouts_sha256": batch.sha256,
     }
+
+
+def told_little(metrics: Record) -> bool:
+    """Whether a rollout step's rewards told next to nothing."""
+    return bool(metrics["informative_share"] < UNINFORMATIVE_SHARE)
+
+
+def steps_told_little(records: Iterable[Record], step: int) -> int:
+    """For how many rollout steps in a row, up to `step`, rewards told next to nothing, by the records that stand.
+
+    Steps without a record (`log_every_steps`) are taken for what those around them were.
+    """
+    first = step + 1
+    for one in sorted((one for one in records if one["step"] <= step), key=lambda one: int(one["step"]), reverse=True):
+        if not told_little(one):
+            break
+        first = one["step"]
+    return step + 1 - first
 
 
 def responses_record(rollouts: Sequence[Rollout]) -> Record:

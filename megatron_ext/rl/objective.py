@@ -58,14 +58,12 @@ def overlong_penalty(lengths_PG: torch.Tensor, caps_tokens_PG: torch.Tensor, sha
 
 
 def informative_groups(rewards_PG: torch.Tensor, counted_PG: torch.Tensor) -> torch.Tensor:
-    """bool P: whether a prompt's counted responses earned different rewards; the others move no weight.
+    """bool P: whether a prompt's counted responses earned different rewards; the others move no weight, but for groups of one.
 
-    A group of one tells something by itself, as `group_advantages` explains, unless it earned nothing.
+    A group of one is never informative: what moves weights there is no comparison, as `group_advantages` explains.
     """
     lowest_P = rewards_PG.masked_fill(~counted_PG, torch.inf).amin(dim=-1)
     highest_P = rewards_PG.masked_fill(~counted_PG, -torch.inf).amax(dim=-1)
-    if rewards_PG.shape[-1] == 1:
-        return counted_PG[:, 0] & (rewards_PG[:, 0] != 0)
     return highest_P > lowest_P
 
 

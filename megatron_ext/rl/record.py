@@ -4,7 +4,7 @@
 
 The first line says what the step was sampled under, each further line is one response: prompt, text, cap, finish reason, answer,
 verdict and why, reward; its ids, engine log-probabilities and weight versions as base64 of little-endian int32 and float32, exact.
-A file is written aside, forced to the disk and renamed before its update begins, and its bytes depend on what it holds alone.
+A file is written aside, forced to the disk and renamed before its step ends, and its bytes depend on what it holds alone.
 """
 
 from __future__ import annotations
@@ -31,20 +31,15 @@ from megatron_ext.generation.engine import Generation
 from megatron_ext.rl.full_grade import Behaviour
 from megatron_ext.rl.lengths import LengthState
 from megatron_ext.rl.order import OrderState
+from megatron_ext.rl.record_paths import ROLLOUTS, not_kept_words, record_path, recorded_steps
 from megatron_ext.rl.rollouts import Batch, Rollout
 from megatron_ext.runs import force_to_disk
 from megatron_ext.tasks.grading import Verdict
 
-ROLLOUTS = "rollouts"
 UNFINISHED = ".tmp"
 FORMAT = 1
 ARRAYS = {"tokens": "<i4", "logprobs": "<f4", "weight_versions": "<i4"}
 COMPRESSION = 1  # the arrays hardly compress; level 9 takes ten times as long for a tenth less
-
-
-def record_path(run_path: Path, step: int) -> Path:
-    """Where the rollouts of a step stand."""
-    return run_path / ROLLOUTS / f"step_{step:07d}.jsonl.gz"
 
 
 def write_record(run_path: Path, batch: Batch, may_write: Callable[[], None] = lambda: None) -> str:
@@ -96,15 +91,9 @@ def read_record(run_path: Path, step: int) -> Batch:
                 lines.append(json.loads(line))
         return _batch(lines, str(path), digest.hexdigest())
     except FileNotFoundError:
-        raise DataError(f"{path}: the rollouts of step {step} are not kept; {_kept_words(run_path)}") from None
+        raise DataError(not_kept_words(run_path, step)) from None
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, IndexError, binascii.Error) as cause:
         raise DataError(f"{path}: no record of rollouts that can be read ({cause}); it was cut short or altered") from None
-
-
-def recorded_steps(run_path: Path) -> list[int]:
-    """Steps whose rollouts are kept, ascending."""
-    found = (run_path / ROLLOUTS).glob("step_*.jsonl.gz")
-    return sorted(int(path.name.removeprefix("step_").removesuffix(".jsonl.gz")) for path in found)
 
 
 def prune_records(
@@ -134,11 +123,6 @@ def clear_unfinished(run_path: Path) -> None:
     """Remove what attempts that were killed have left half written."""
     for path in (run_path / ROLLOUTS).glob(f".step_*{UNFINISHED}"):
         path.unlink(missing_ok=True)
-
-
-def _kept_words(run_path: Path) -> str:
-    steps = recorded_steps(run_path)
-    return f"kept are {len(steps)} steps from {steps[0]} to {steps[-1]}" if steps else "none are"
 
 
 def _lines(batch: Batch) -> Iterator[bytes]:

@@ -22,18 +22,21 @@ import torch.distributed as dist
 from megatron_ext import device
 from megatron_ext.checkpoint.folder import named_checkpoint
 from megatron_ext.checkpoint.weights import load_chunks
-from megatron_ext.config.base import Json, override
+from megatron_ext.config.base import Json
 from megatron_ext.config.stages import RLStage
 from megatron_ext.distributed import Groups, from_rank_0, process_groups
-from megatron_ext.errors import CheckpointError, ConfigError, DataError
+from megatron_ext.errors import CheckpointError, DataError
 from megatron_ext.metrics import read_metrics
 from megatron_ext.progress import progress as showing
 from megatron_ext.provenance import read_manifest
 from megatron_ext.rl.actor import Actor
 from megatron_ext.rl.begin import carried_tokenizer, frozen_reference
 from megatron_ext.rl.grading import grading_pool, regraded
+from megatron_ext.rl.handout import handed_out_batch
 from megatron_ext.rl.measures import responses_record
-from megatron_ext.rl.record import read_record, recorded_steps
+from megatron_ext.rl.record import read_record
+from megatron_ext.rl.record_paths import recorded_steps
+from megatron_ext.rl.replay_request import changed_stage, check_cap
 from megatron_ext.rl.rollouts import Batch, Rollout
 from megatron_ext.rl.trainer import rate, update_record, updates_of
 from megatron_ext.runs import Run, open_run
@@ -45,7 +48,6 @@ from megatron_ext.training.start import Began, first_weights, resume
 MEASURED = ("loss", "grad_norm", "clip_fraction", "approx_kl", "approx_entropy")  # of a step's updates
 REWARDED = ("reward_mean", "accuracy", "informative_share", "truncated_share", "response_tokens_mean")
 SAME = (*MEASURED, *REWARDED, "rollouts_sha256")  # what a record and its replay must agree in
-CHANGEABLE = ("objective", "reward", "learning_rate", "cap_tokens")  # what --set may name
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def find_recorded(folder: Path, step: int) -> Found:
 def replay(groups: Groups, folder: Path, step: int, changes: Sequence[str], changed: tuple[RLStage, int | None]) -> Json:
     """All that came out, as JSON values; every rank calls it."""
     found = from_rank_0(groups, "finding the step", lambda: find_recorded(folder, step))
-    _check_cap(changed[1], found.batch)
+    check_cap(changed[1], step, found.batch.cap_tokens)
     run = open_run(folder)
     actor, began = _came_to(run, groups, found, step)
     as_was = _computed(actor, found.batch.rollouts, step, began.updates)
@@ -131,7 +133,7 @@ def _came_to(run: Run, groups: Groups, found: Found, step: int) -> tuple[Actor, 
     actor = Actor(stage, groups, began.state, None, frozen_reference(run, groups))
     first, size = began.progress.step, stage.rollouts.updates_per_step
     for between in _counted(groups, run, first, step):
-        batch = from_rank_0(groups, "reading rollouts", partial(read_record, run.path, between))
+        batch = handed_out_batch(groups, "reading rollouts", partial(read_record, run.path, between))
         _updated(actor, batch.rollouts, between, (between - 1) * size)
     return actor, _Began(began.how, first, (step - 1) * size)
 
@@ -180,30 +182,6 @@ def _graded_anew(run: Run, stage: RLStage, cap: int | None, found: Found) -> lis
         return regraded(pool, by_id, found.batch.rollouts, cap, tokenizer, stage.reward)
 
 
-def changed_stage(stage: RLStage, changes: Sequence[str]) -> tuple[RLStage, int | None]:
-    """The stage after `key=value` changes, and another cap where one is named; `ConfigError` for what a replay cannot change."""
-    cap, others = None, []
-    for change in changes:
-        key, _, value = change.partition("=")
-        if key.split(".")[0] not in CHANGEABLE:
-            raise ConfigError(f"--set {change}: a replay can change {', '.join(CHANGEABLE)}; what was sampled stays as it was")
-        if key == "cap_tokens":
-            if not value.isdigit() or int(value) < 1:
-                raise ConfigError(f"--set {change}: cap_tokens must be a whole number of at least 1")
-            cap = int(value)
-        else:
-            others.append(change)
-    return (override(stage, others) if others else stage), cap
-
-
-def _check_cap(cap: int | None, batch: Batch) -> None:
-    if cap is not None and cap > batch.cap_tokens:
-        raise ConfigError(
-            f"--set cap_tokens={cap}: step {batch.step} was sampled under a cap of {batch.cap_tokens:,} tokens, and what a response would "
-            f"have gone on with is not known; name a cap of at most {batch.cap_tokens}"
-        )
-
-
 def _weights_compared(run: Run, groups: Groups, actor: Actor, path: Path | None) -> Json | None:
     """The actor's weights against a checkpoint's: how many parameters, and which of them differ in a bit; None without a checkpoint."""
     if path is None:
@@ -240,15 +218,16 @@ def _compared(record: Json | None, measured: Json, weights: Json | None) -> Json
 def replay_text(found: Json) -> str:
     """For a terminal."""
     start = found["replayed_from"]
-    lines = [
-        f"stage '{found['stage']}', rollout step {found['step']}, {found['rollouts']:,} rollouts, "
-        f"from {start['start']} at step {start['step']}"
-    ]
+    origin = f"its checkpoint of step {start['step']}" if start["start"] == "resume" else "the weights that the stage starts with"
+    lines = [f"stage '{found['stage']}', rollout step {found['step']}, {found['rollouts']:,} rollouts, from {origin}"]
     columns = ["as_it_was", *(["as_it_would_be"] if "changes" in found else [])]
     heading = ["", "as it was", *([", ".join(found["changes"])] if "changes" in found else [])]
     rows = [heading, *([name, *(_shown(found[column][name]) for column in columns)] for name in (*MEASURED, *REWARDED))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if not any(found[column]["informative_share"] or found[column]["grad_norm"] for column in columns):
+        so = "; a change can show in rewards and lengths alone" if len(columns) > 1 else ""
+        lines.append(f"no group's responses earned different rewards, so this step has no gradient{so}")
     if found["equal"] is None:
         lines.append("metrics.jsonl has no record of this step to compare with")
     elif found["equal"]:

@@ -24,7 +24,10 @@ from megatron_ext.tasks.reward import REWARDS, RewardName
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """One response, all that is known of it. `ending` says how its grading ended: graded, timed_out or crashed, then `cause`."""
+    """One response, all that is known of it. `ending` says how its grading ended: graded, timed_out or crashed, then `cause`.
+
+    In training, ranks other than 0 have it without its words: see `handout.without_words`.
+    """
 
     problem: str  # id
     prompt: tuple[int, ...]
@@ -66,7 +69,7 @@ class Batch:
     unused: tuple[Rollout, ...] = ()  # of groups that others were drawn in place of
     num_left_out: int = 0  # problems whose prompts are too long
     seconds: dict[str, float] = field(default_factory=dict)  # of sampling and grading; not part of what is exact
-    sha256: str = ""  # of their record
+    sha256: str = ""  # of their record, once it is written
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Judged:
 
     @property
     def informative_share(self) -> float:
-        """Share of the prompts that move weights."""
+        """Share of the prompts whose responses earned different rewards."""
         return self.informative_P.double().mean().item()
 
 

@@ -3,6 +3,9 @@
 With `max_staleness` 0 a step's rollouts are sampled when they are asked for. With 1 they are asked for before the updates of the step
 before: an engine with weights of its own samples while the trainer updates, and is waited for after it; the one that samples with the
 trainer's tensors is waited for at once. Their record, written before the next checkpoint, is what a resume goes on from.
+
+Rank 0 grades and records. Others have of a response what an update needs (`handout`); the record is written while they update
+(`recording`), and waited for before anything names it.
 """
 
 from __future__ import annotations
@@ -12,16 +15,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_ext.config.stages import RLStage
-from megatron_ext.distributed import from_rank_0
+from megatron_ext.distributed import agreed, from_rank_0
 from megatron_ext.errors import DataError
 from megatron_ext.generation.engine import Request
 from megatron_ext.rl.actor import Actor
 from megatron_ext.rl.grading import graded
+from megatron_ext.rl.handout import handed_out, handed_out_batch
 from megatron_ext.rl.lengths import Seen, after_rollout_step, cap_tokens
 from megatron_ext.rl.order import OrderState, draw, draw_more
 from megatron_ext.rl.order import graded as order_graded
 from megatron_ext.rl.progress import RLProgress
 from megatron_ext.rl.record import clear_unfinished, prune_records, read_record, write_record
+from megatron_ext.rl.recording import Recorder
 from megatron_ext.rl.rollouts import Batch, Rollout, judged
 from megatron_ext.runs import Run
 from megatron_ext.tasks.grading import Verdict
@@ -43,7 +48,9 @@ class _Asked:
 
 @dataclass
 class RolloutSource:
-    """Samples, grades and records rollout steps; every rank calls it, and gets the same batch. `pool` is rank 0's.
+    """Samples, grades and records rollout steps; every rank calls it, and gets the same batch, which on rank 0 has its texts, too.
+
+    `pool` is rank 0's. A batch has no digest before it is `recorded`.
 
     `may_write` is asked before a record is written or removed, and raises where another attempt owns the run folder.
     """
@@ -57,8 +64,10 @@ class RolloutSource:
     _ahead: Batch | None = None
     _under_way: tuple[RLProgress, _Asked] | None = None  # asked ahead, and not waited for yet; as of which progress
     _ids: list[str] = field(default_factory=list)
+    _recorder: Recorder = field(init=False)
 
     def __post_init__(self) -> None:
+        self._recorder = Recorder(self._written)
         if self.actor.groups.rank == 0:
             clear_unfinished(self.run.path)
         self._ids = [row.problem.id for row in self.prompts.rows]
@@ -99,16 +108,35 @@ class RolloutSource:
         else:
             self._under_way = coming, asked
 
-    def take_ahead(self) -> str:
-        """Wait for what was asked ahead, before the engine gets other weights; its record's digest, '' where nothing was asked."""
+    def take_ahead(self) -> None:
+        """Wait for what was asked ahead, before the engine gets other weights."""
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
             self._ahead = self._batch(*under_way)
-        return self._ahead.sha256 if self._ahead else ""
+
+    def recorded(self, batch: Batch) -> Batch:
+        """The batch with its record's digest, once the record is on the disk.
+
+        Every rank calls it, and raises what the writing failed with: `RunError` where the disk refuses, or another owns the folder.
+        """
+        if batch.sha256:
+            return batch
+        return replace(batch, sha256=from_rank_0(self.actor.groups, "recording rollouts", lambda: self._recorder.digest(batch.step)))
+
+    def ahead_sha256(self) -> str:
+        """The digest of the record of what was sampled ahead, once it is on the disk; '' where nothing was. As `recorded`."""
+        if self._ahead is None:
+            return ""
+        self._ahead = self.recorded(self._ahead)
+        return self._ahead.sha256
+
+    def close(self) -> None:
+        """Let a record end that is being written."""
+        self._recorder.close()
 
     def _recorded(self, progress: RLProgress) -> Batch:
         step = progress.step + 1
-        batch = from_rank_0(self.actor.groups, "reading rollouts", lambda: read_record(self.run.path, step))
+        batch = handed_out_batch(self.actor.groups, "reading rollouts", lambda: read_record(self.run.path, step))
         if batch.sha256 != progress.ahead_sha256:
             raise DataError(
                 f"{self.run.path}: the recorded rollouts of step {step} are not those that were sampled ahead for it: "
@@ -128,7 +156,7 @@ class RolloutSource:
         return _Asked(drawn, requests, order, cap, time.perf_counter() - began)
 
     def _batch(self, progress: RLProgress, asked: _Asked) -> Batch:
-        """Wait for the answers and grade them; where wanted, draw again in place of groups without a difference; record."""
+        """Wait for the answers and grade them; where wanted, draw again in place of groups without a difference; begin the record."""
         rollouts, group, cap = self.stage.rollouts, self.stage.rollouts.responses_per_prompt, asked.cap_tokens
         seconds = {"rollout": 0.0, "grading": 0.0}
         used: list[Rollout] = []
@@ -156,7 +184,8 @@ class RolloutSource:
             num_left_out=len(self.prompts.left_out),
             seconds=seconds,
         )
-        return replace(batch, sha256=from_rank_0(self.actor.groups, "recording rollouts", lambda: self._written(batch)))
+        agreed(self.actor.groups, "recording rollouts", lambda: self._recorder.begin(batch) if self.actor.groups.rank == 0 else None)
+        return batch
 
     def _answered(self, asked: _Asked, seconds: dict[str, float]) -> tuple[list[Rollout], OrderState]:
         """The graded responses to what was asked, on every rank, and the order's state with them; adds to `seconds`."""
@@ -169,7 +198,7 @@ class RolloutSource:
             assert self.pool is not None, "rank 0 grades"
             return graded(self.pool, problems, asked.requests, answers, self.stage.reward)
 
-        found = from_rank_0(self.actor.groups, "grading", grade)
+        found = handed_out(self.actor.groups, "grading", grade)
         seconds["rollout"] += asked.seconds + sampled - began
         seconds["grading"] += time.perf_counter() - sampled
         easy_leave = self.stage.rollouts.drop_easy_share is not None
@@ -202,6 +231,7 @@ class RolloutSource:
         return telling, silent
 
     def _written(self, batch: Batch) -> str:
+        """Record a batch, and remove records that are not needed; its digest."""
         digest = write_record(self.run.path, batch, self.may_write)
         every = self.stage.plan.save_every_steps
         due = {(batch.step - behind) // every * every for behind in (1, 2)}  # saves that may be under way

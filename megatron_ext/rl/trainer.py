@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ext.attempts import Attempt
+from megatron_ext.attempts import Attempt, pulse
 from megatron_ext.checkpoint.hashing import Digests
 from megatron_ext.config.base import content_hash, to_json
 from megatron_ext.config.stages import RLStage
@@ -31,6 +31,7 @@ from megatron_ext.training.hooks import Context, Hook, Hooks, say
 from megatron_ext.training.saving import Saver, lineage
 from megatron_ext.training.start import layout_of
 from megatron_ext.training.state import Progress
+from megatron_ext.training.stopping import asked_to_stop, begin_loop, stop
 
 
 def learn(run: Run, groups: Groups, attempt: Attempt, begun: Begun, hooks: Iterable[Hook]) -> RLProgress:
@@ -48,27 +49,33 @@ def _learn(loop: _Loop) -> RLProgress:
     loop.hand_over(progress)
     if progress.step == 0:
         loop.validate(progress)
+    begin_loop(loop.groups)
     while progress.step < stage.steps:
         started = time.perf_counter()
         batch = loop.source.next(progress)
-        progress = progress.sampled(batch.order, batch.lengths)
+        progress = replace(progress.sampled(batch.order, batch.lengths), ahead_sha256="")  # what was ahead is this batch
         loop.source.look_ahead(progress)
         parts, judged = loop.advantages(batch)
         updating = time.perf_counter()
         results = [loop.update(part, progress, number) for number, part in enumerate(parts)]
         progress = progress.finished(len(results), sum(one.num_tokens for one in batch.rollouts))
         updated = time.perf_counter()
-        progress = replace(progress, ahead_sha256=loop.source.take_ahead())
+        loop.source.take_ahead()
         waited = time.perf_counter() - updated
         loop.hand_over(progress)
-        seconds = {"update": time.perf_counter() - updating - waited, "step": time.perf_counter() - started}
+        update_seconds = time.perf_counter() - updating - waited
+        batch = loop.source.recorded(batch)
+        seconds = {"update": update_seconds, "step": time.perf_counter() - started}
         loop.event("step", progress, loop.metrics(batch, judged, results, progress, {**batch.seconds, **seconds}))
         loop.take_scores()
         if progress.step % stage.plan.validate_every_steps == 0 or progress.step == stage.steps:
             loop.validate(progress)
-        if progress.step % stage.plan.save_every_steps == 0 or progress.step == stage.steps:
+        stops = progress.step < stage.steps and asked_to_stop(loop.groups)
+        if stops or progress.step % stage.plan.save_every_steps == 0 or progress.step == stage.steps:
             loop.save(progress)
-        loop.settle(progress, wait=not stage.plan.asynchronous_saves)
+        loop.settle(progress, wait=stops or not stage.plan.asynchronous_saves)
+        if stops:
+            stop(progress.step)
     loop.take_scores()
     loop.settle(progress, wait=True)
     dist.barrier()  # rank 0 keeps the store from which the others hear that the last save was published
@@ -94,6 +101,7 @@ class _Loop:
         self.saver = Saver(self.run, self.groups, self.attempt, self.actor.state, self.begun.files)
 
     def event(self, name: str, progress: RLProgress, *arguments: Any) -> None:
+        pulse()
         self.hooks.call(name, self._context_at(progress.plain), *arguments)
 
     def advantages(self, batch: Batch) -> tuple[list[list[Sample]], Judged]:
@@ -101,6 +109,7 @@ class _Loop:
         return updates_of(self.actor, batch.rollouts)
 
     def update(self, part: list[Sample], progress: RLProgress, number: int) -> UpdateResult:
+        pulse()
         return self.actor.update(part, rate(self.run.stage, progress.step), progress.updates + number)
 
     def hand_over(self, progress: RLProgress) -> None:
@@ -152,6 +161,7 @@ class _Loop:
         self.take_scores()  # else a run that goes on from here would lack them
         self.settle(progress, wait=True)
         pinned = progress.step == self.run.stage.steps
+        progress = replace(progress, ahead_sha256=self.source.ahead_sha256())  # a resume reads these: they are on the disk first
         manifest = partial(rl_manifest, self.run, self.attempt, self.begun, progress, pinned)
         self.saver.begin(progress.plain, layout_of(self.run, pinned), manifest)
 
@@ -161,8 +171,9 @@ class _Loop:
             self.event("checkpoint", progress, saved)
 
     def close(self) -> None:
-        """End engine and workers, and let a save end that is under way; no failure of it hides what stopped the loop."""
+        """End engine and workers, and let save and record end that are under way; no failure of them hides what stopped the loop."""
         saved = self.saver.close()
+        self.source.close()
         try:
             if saved is not None:
                 self.hooks.call("checkpoint", self._context_at(saved.progress), saved)

@@ -62,6 +62,12 @@ def is_readable(gold: str, *, is_list: bool = False) -> bool:
     return bool(gold.strip()) and all(_is_readable(part) for part in _leaves(read(gold, comma_separates=is_list)))
 
 
+def is_number(gold: str) -> bool:
+    """Whether a gold answer is one number by itself: an integer, a decimal, a fraction, plain arithmetic of these, but no unit."""
+    leaf = read(gold)
+    return isinstance(leaf, Scalar) and not leaf.unit and rational(leaf.text) is not None
+
+
 def _is_readable(leaf: Answer) -> bool:
     if isinstance(leaf, Scalar):
         return rational(leaf.text) is not None or symbolic.expression(leaf.text) is not None

@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from megatron_ext.errors import ConfigError, LaunchError
+from megatron_ext.interruption import leave_to_parent
 
 Request = tuple[Any, ...]
 Reply = tuple[bool, Any, bool]  # (the function returned, its value or its error as text, the worker leaves)
@@ -74,6 +75,18 @@ class Nursery:
         """Whether it can take orders, as far as is known."""
         return self._control.fileno() >= 0
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int:
+        """How its process ended, negative for a signal; to be asked once it is no longer open."""
+        code = self._process.returncode
+        assert code is not None, "the nursery still runs"
+        return code
+
     def start(self) -> tuple[int, Connection]:
         """Fork a worker; its process id and the connection to it."""
         pid, channel = self._ask(("start", 0))
@@ -119,6 +132,7 @@ def _environment() -> dict[str, str]:
 
 def main() -> None:
     """The nursery: set up from standard input, then orders from the socket of argument 1 until the caller, argument 2, is gone."""
+    leave_to_parent()
     control, caller = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     try:
         function, warm_up, memory_bytes = pickle.load(sys.stdin.buffer)

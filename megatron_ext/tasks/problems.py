@@ -6,7 +6,7 @@
 | math (MATH, MATH500, MATH8K) | problem | answer, else the last box of solution | unique_id or id |
 | olympiad_bench | context and question | final_answer (a list), with is_multiple_answer, unit, error | id |
 | amc23 | question or problem | answer, a number | id |
-| arithmetic (the demo's own) | question | answer | id |
+| arithmetic (the demo's own) | question | answer, a number | id |
 
 Where a file has no id, a problem is named by its file and line.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_ext.config.tasks import FormName, ProblemSet
 from megatron_ext.errors import DataError
-from megatron_ext.tasks.equivalence import is_readable
+from megatron_ext.tasks.equivalence import is_number, is_readable
 from megatron_ext.tasks.extraction import last_boxed
 
 Row = dict[str, Any]
@@ -59,23 +59,23 @@ def stage_problems(problem_set: ProblemSet, folder: Path | None) -> list[Problem
 def read_problems(path: Path, form: FormName, *, leave_out: frozenset[str] = frozenset()) -> list[Problem]:
     """All problems of a file but those whose ids are in `leave_out`; `DataError` names file, line and key of what is wrong.
 
-    Refused: a missing or ill-typed field, an id that stands twice, an answer that no grader can read (all of these are listed),
-    an id to leave out that is not there, a file without problems.
+    Refused: a missing or ill-typed field, an id that stands twice, an answer that is empty, that no grader can read, or in form
+    `arithmetic` is no number (all of these are listed), an id to leave out that is not there, a file without problems.
     """
     numbered = _numbered(path, form)
     known = {problem.id for _, problem in numbered}
     if absent := sorted(leave_out - known):
         raise DataError(f"{path}: leave_out names {', '.join(absent[:MOST_LISTED])}, which this file does not hold; correct the ids")
     kept = [(number, problem) for number, problem in numbered if problem.id not in leave_out]
-    _refuse_unreadable(path, kept)
+    _refuse_unreadable(path, form, kept)
     if not kept:
         raise DataError(f"{path}: no problem in it; name a JSONL file with one problem a line")
     return [problem for _, problem in kept]
 
 
 def unreadable(path: Path, form: FormName) -> list[str]:
-    """Ids of the problems whose answers no grader can read, for `leave_out`; errors as `read_problems`."""
-    return list(dict.fromkeys(problem.id for _, problem, _ in _unreadable_answers(_numbered(path, form))))
+    """Ids of the problems whose answers `read_problems` would list, for `leave_out`; other errors as there."""
+    return list(dict.fromkeys(problem.id for _, problem, _ in _unreadable_answers(form, _numbered(path, form))))
 
 
 def _numbered(path: Path, form: FormName) -> list[tuple[int, Problem]]:
@@ -120,22 +120,27 @@ def _refuse_duplicates(path: Path, numbered: list[tuple[int, Problem]]) -> None:
         raise DataError(f"{path}: {len(twice)} ids stand more than once: {_listed(twice)}; give every problem its own id")
 
 
-def _refuse_unreadable(path: Path, numbered: list[tuple[int, Problem]]) -> None:
-    unread = [f"line {number} '{problem.id}': {answer}" for number, problem, answer in _unreadable_answers(numbered)]
+def _refuse_unreadable(path: Path, form: FormName, numbered: list[tuple[int, Problem]]) -> None:
+    unread = [
+        f"line {number} '{problem.id}': {answer.strip() or '(empty)'}" for number, problem, answer in _unreadable_answers(form, numbered)
+    ]
     if unread:
+        which = (
+            "are no numbers, which form arithmetic wants" if form == "arithmetic" else "no grader can read, so that no response is right"
+        )
         raise DataError(
-            f"{path}: {len(unread)} answers that no grader can read, so that no response would be right:\n  "
+            f"{path}: {len(unread)} answers that {which}:\n  "
             + "\n  ".join(unread)
             + "\nmend them, or leave these problems out by their ids"
         )
 
 
-def _unreadable_answers(numbered: list[tuple[int, Problem]]) -> list[tuple[int, Problem, str]]:
+def _unreadable_answers(form: FormName, numbered: list[tuple[int, Problem]]) -> list[tuple[int, Problem, str]]:
     return [
         (number, problem, answer)
         for number, problem in numbered
         for answer in problem.answers
-        if not is_readable(answer, is_list=problem.is_list)
+        if not (is_number(answer) if form == "arithmetic" else is_readable(answer, is_list=problem.is_list))
     ]
 
 
@@ -159,8 +164,10 @@ def _text(row: Row, *keys: str) -> str:
 
 
 def _answer(row: Row, key: str) -> str:
-    """An answer that is text or a number; 27.0 is 27."""
+    """An answer that is text or a number; 27.0 is 27. What is empty stays so, to be listed with all that no grader can read."""
     value = row.get(key)
+    if isinstance(value, str) and not value.strip():
+        return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return _text(row, key)
     if isinstance(value, float) and value.is_integer():
@@ -181,8 +188,6 @@ def _id(row: Row, fallback: str, *keys: str) -> str:
 
 def _gsm8k(row: Row, fallback: str, source: str) -> Problem:
     answer = _answer(row, "answer").rpartition("####")[2].strip()
-    if not answer:
-        raise _Missing("nothing after '####' in 'answer'")
     return Problem(_id(row, fallback, "id"), _text(row, "question"), (answer,), source)
 
 
@@ -192,7 +197,7 @@ def _math(row: Row, fallback: str, source: str) -> Problem:
         answer: str | None = _answer(row, "answer")
     else:
         answer = last_boxed(_text(row, "solution"))
-    if not answer:
+    if answer is None:
         raise _Missing("no 'answer', and no \\boxed{...} in 'solution'")
     return Problem(_id(row, fallback, "unique_id", "id"), question, (answer,), source)
 
@@ -201,14 +206,15 @@ def _olympiad_bench(row: Row, fallback: str, source: str) -> Problem:
     is_list, golds = row.get("is_multiple_answer"), row.get("final_answer")
     if not isinstance(is_list, bool):
         raise _Missing("no 'is_multiple_answer' that is true or false")
-    if not isinstance(golds, list) or not golds or not all(isinstance(gold, str) and gold.strip() for gold in golds):
+    if not isinstance(golds, list) or not golds or not all(isinstance(gold, str) for gold in golds):
         raise _Missing("no 'final_answer' that is a list of texts")
     if not is_list and len(golds) > 1:
         raise _Missing("'final_answer' holds several texts, though is_multiple_answer is false")
     context = f"{_text(row, 'context')}\n" if row.get("context") else ""
     unit = _text(row, "unit") if row.get("unit") else ""
     question = context + _text(row, "question")
-    return Problem(_id(row, fallback, "id"), question, (", ".join(golds),), source, is_list, unit, _tolerance(row))
+    answer = ", ".join(golds) if all(gold.strip() for gold in golds) else ""
+    return Problem(_id(row, fallback, "id"), question, (answer,), source, is_list, unit, _tolerance(row))
 
 
 def _tolerance(row: Row) -> Fraction | None:

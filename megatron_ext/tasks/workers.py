@@ -6,6 +6,7 @@
 A worker gets a batch and reports each answer as it is done. When one passes its deadline the worker is killed and the
 rest of its batch goes to another. Deadlines are of processor time, so that neither a busy machine nor the number of
 workers changes a grade; a worker that only waits is killed at `PATIENCE` times that on the clock, and its answer tried once more.
+A process that ends unasked is replaced, counted as lost, and told of: grades hardly show that something kills graders.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Generic, Literal, Protocol, TypeVar
 
+from megatron_ext.attempts import pulse
 from megatron_ext.errors import ConfigError, LaunchError
 from megatron_ext.tasks.nursery import Nursery, Reply, Request
 
@@ -59,6 +61,7 @@ class WorkerCounts:
     started: int = 0
     timed_out: int = 0  # killed at a deadline
     died: int = 0  # ended by themselves or by something else, in the middle of an answer
+    lost: int = 0  # the same at any time, and nurseries, whose workers end with them and are not counted here
     left: int = 0  # replaced after an error in `grade`, or nearly full
     recycled: int = 0  # replaced after `recycle_after` answers
 
@@ -119,12 +122,13 @@ class GradingPool(Generic[V]):
     Any thread may use it; calls from several take turns. Results are in the order of the requests and do not depend on
     the number of workers. `deadline_seconds` is for one answer, `memory_bytes` what a worker may take on top of what
     it starts with; after `recycle_after` answers a worker is replaced. `warm_up` holds requests of ours that are
-    graded once before any worker is forked, so that what they import and cache is shared by all.
+    graded once before any worker is forked, so that what they import and cache is shared by all. `tell` gets a line about
+    each process that was lost.
     """
 
     def __init__(
         self, grade: Callable[..., V], *, workers: int, deadline_seconds: float, memory_bytes: int, recycle_after: int,
-        warm_up: Sequence[Request] = (),
+        warm_up: Sequence[Request] = (), tell: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
         settings = {"workers": workers, "deadline_seconds": deadline_seconds, "memory_bytes": memory_bytes, "recycle_after": recycle_after}
         for name, value in settings.items():
@@ -132,6 +136,7 @@ class GradingPool(Generic[V]):
                 raise ConfigError(f"grading: {name} is {value}; it must be above zero")
         self.workers, self.deadline_seconds, self.recycle_after = workers, deadline_seconds, recycle_after
         self.counts = WorkerCounts()
+        self._tell = tell
         self._nursery_arguments = (grade, tuple(warm_up), memory_bytes)
         self._nursery = Nursery(*self._nursery_arguments)
         self._idle: list[_Worker] = []
@@ -165,10 +170,11 @@ class GradingPool(Generic[V]):
             worker = self._idle.pop()
             if worker.nursery.is_open and not worker.channel.poll():  # an idle worker has nothing to say: it could only be its end
                 return worker
-            self.dismiss(worker)
+            self.lose(worker)
         try:
             started = self._nursery.start()
         except OSError:  # something ended the nursery, and with it all workers: once more from the beginning
+            self._lost(f"the nursery (pid {self._nursery.pid}), and with it every worker: {_ended(self._nursery.exit_code)}")
             self._nursery = Nursery(*self._nursery_arguments)
             try:
                 started = self._nursery.start()
@@ -188,7 +194,24 @@ class GradingPool(Generic[V]):
             code = worker.nursery.end(worker.pid)
         except OSError:
             return "all grading processes ended, from outside or for want of memory"
-        return f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended with exit code {code}"
+        return _ended(code)
+
+    def lose(self, worker: _Worker) -> str:
+        """Bury a worker that ended unasked; how it ended."""
+        how = self.dismiss(worker)
+        if worker.nursery.is_open:  # else its nursery is what was lost, and is said to be when another is made
+            self._lost(f"a worker (pid {worker.pid}): {how}")
+        return how
+
+    def _lost(self, what: str) -> None:
+        self.counts.lost += 1
+        self._tell(f"grading lost {what}; another takes its place")
+
+
+def _ended(code: int) -> str:
+    """In words, from an exit code that is negative for a signal."""
+    names = {-one.value: one.name for one in signal.Signals}
+    return f"its process was ended by {names.get(code, f'signal {-code}')}" if code < 0 else f"its process ended with exit code {code}"
 
 
 class _Round(Generic[V]):
@@ -231,6 +254,7 @@ class _Round(Generic[V]):
 
     def _collect(self) -> None:
         """Wait for a reply or a deadline, and act on it."""
+        pulse()
         first = min(worker.look_at_seconds for worker in self.busy.values())
         for channel in wait(list(self.busy), max(0.0, first - time.monotonic())):
             assert isinstance(channel, Connection)
@@ -270,12 +294,12 @@ class _Round(Generic[V]):
         self.suspects.add(position)
         if not again:
             worker.given.popleft()
-        how = self._part_with(worker)
+        how = self._part_with(worker, has_died=outcome is None)
         if not again:
             self.outcomes[position] = outcome or Outcome(Ending.CRASHED, cause=how)
 
-    def _part_with(self, worker: _Worker) -> str:
-        """Dismiss a worker; what it was given and has not done goes to others, first in line."""
+    def _part_with(self, worker: _Worker, has_died: bool = False) -> str:
+        """Dismiss a worker, or bury it; what it was given and has not done goes to others, first in line."""
         del self.busy[worker.channel]
         self.waiting.extendleft(reversed(worker.given))
-        return self.pool.dismiss(worker)
+        return self.pool.lose(worker) if has_died else self.pool.dismiss(worker)

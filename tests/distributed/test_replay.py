@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,9 @@ from megatron_ext.errors import ConfigError, DataError, RunError
 from megatron_ext.launch.verbs import run_of_kind
 from megatron_ext.rl import replay as replays
 from megatron_ext.rl.actor import Actor
-from megatron_ext.rl.record import read_record, record_path, write_record
+from megatron_ext.rl.record import read_record, write_record
+from megatron_ext.rl.record_paths import record_path, recorded_steps
+from megatron_ext.rl.replay_request import changed_stage, check_request
 from megatron_ext.runs import open_run
 from tests import ranks, rl_runs
 from tests.rl_runs import CPU, rl_run, stage, trace
@@ -47,7 +52,7 @@ def _replay(groups: Any, path: str, step: int, changes: tuple[str, ...], is_off:
 
     if is_off:  # in a process of its own
         Actor.update = off  # type: ignore[method-assign]
-    return replays.replay(groups, run.path, step, changes, replays.changed_stage(run.stage, changes))
+    return replays.replay(groups, run.path, step, changes, changed_stage(run.stage, changes))
 
 
 @pytest.mark.parametrize("step", [1, 6])
@@ -120,9 +125,61 @@ def test_what_another_clip_would_have_made_of_it(done):
 def test_what_a_replay_cannot_change_is_refused(done):
     for change in ("rollouts.responses_per_prompt=2", "seed=3", "cap_tokens=none"):
         with pytest.raises(ConfigError, match="--set"):
-            replays.changed_stage(done.stage, [change])
+            changed_stage(done.stage, [change])
     with pytest.raises(AssertionError, match="cap_tokens=21: step 5 was sampled under a cap of 20 tokens"):
         again(done, 5, "cap_tokens=21")
+
+
+def test_what_is_refused_is_refused_before_torch_is_loaded(done):
+    """Loading it takes seconds. A process of its own: this one has torch."""
+    refused = {
+        ("--step", "0"): "--step 0: the first rollout step is 1",
+        ("--step", "9"): "step_0000009.jsonl.gz: the rollouts of step 9 are not kept; kept are 6 steps from 1 to 6",
+        ("--step", "5", "--set", "steps=5"): "--set steps=5: a replay can change objective, reward, learning_rate, cap_tokens;",
+        ("--step", "5", "--set", "cap_tokens=21"): "--set cap_tokens=21: step 5 was sampled under a cap of 20 tokens",
+        ("--step", "5", "--set", "objective.clip_hi=1"): "clip_high",
+    }
+    words = [["replay", str(done.path), *one] for one in refused]
+    program = (
+        "import sys\nfrom megatron_ext.__main__ import main\n"
+        f"codes = [main(one) for one in {words!r}]\n"
+        "print(codes, 'torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == f"{[2] * len(refused)} False", ended.stderr
+    for reason, line in zip(refused.values(), ended.stderr.strip().splitlines(), strict=True):
+        assert reason in line
+
+
+def test_the_request_reads_what_the_record_holds(done):
+    check_request(done, 5, ["cap_tokens=20"])
+    assert [record_path(done.path, step).name for step in recorded_steps(done.path)] == [
+        f"step_{step:07d}.jsonl.gz" for step in range(1, 7)
+    ]
+    assert read_record(done.path, 5).cap_tokens == 20
+
+
+def a_step(how, at, *columns):
+    """What a replay found, as far as its text goes."""
+    names = (*replays.MEASURED, *replays.REWARDED)
+    found = [dict.fromkeys(names, 0.0) | {"clip_fraction": None, **column} for column in columns]
+    what_if = {"changes": ["objective.clip_high=0.3"], "as_it_would_be": found[1]} if len(found) > 1 else {}
+    begun = {"replayed_from": {"start": how, "step": at}, "stage": "rl", "step": 3, "rollouts": 32}
+    return replays.replay_text({**begun, "as_it_was": found[0], **what_if, "equal": True, "weights": None})
+
+
+def test_the_text_says_from_where_and_why_columns_are_equal():
+    why = "no group's responses earned different rewards, so this step has no gradient"
+    one, two = a_step("resume", 2, {}), a_step("weights", 0, {}, {})
+    assert "rollout step 3, 32 rollouts, from its checkpoint of step 2\n" in one
+    assert "from the weights that the stage starts with\n" in two
+    assert f"{why}\n" in one
+    assert f"{why}; a change can show in rewards and lengths alone\n" in two
+    assert re.search("clip_fraction +-$", one, re.MULTILINE)
+    assert "None" not in one + two
+    told = {"informative_share": 0.5, "grad_norm": 1.0}
+    for columns in (({}, told), (told, {}), (told,), ({"grad_norm": 1.0},)):  # the last: groups of one
+        assert why not in a_step("resume", 2, *columns)
 
 
 def test_steps_that_are_not_kept_are_named(done, start):

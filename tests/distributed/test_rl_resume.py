@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
 
 from megatron_ext.config.rl import Objective
-from megatron_ext.rl.record import recorded_steps
+from megatron_ext.errors import EXIT_AGAIN
+from megatron_ext.metrics import read_metrics
+from megatron_ext.rl.record_paths import recorded_steps
 from megatron_ext.runs import open_run
 from megatron_ext.tracker import iteration_path, published
-from tests import rl_runs
+from tests import interrupted_runs, rl_runs
+from tests.interrupted_runs import Ask
 from tests.rl_runs import CPU, FAULTS, rl_run, stage, trace
 from tests.training_runs import DEAD
 
@@ -110,7 +114,8 @@ def test_rollouts_sampled_ahead_between_two_updates_and_from_an_older_checkpoint
     run = rl_run(start, made, "resumed ahead")
     kill(run, kill_in=("updates", 5))
     assert published(run.checkpoints_path) == [2, 4]
-    assert recorded_steps(run.path) == [1, 3, 5, 6], "behind the start and the checkpoints, and the newest"
+    assert {1, 3, 5} <= set(recorded_steps(run.path)), "behind the start and the checkpoints; that of step 6 was being written"
+    assert recorded_steps(run.path.with_name("straight ahead")) == [1, 3, 5, 6], "no others but the newest two"
     damaged = max(iteration_path(run.checkpoints_path, 4).glob("*.distcp"), key=lambda path: path.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     same(trace(run), straight, first=2)
@@ -153,6 +158,25 @@ def test_a_deliberate_fault_is_noticed(straight, killed, fault):
 def test_a_failure_of_one_rank_ends_all_with_its_cause(start, failure, said):
     made = stage(start.path.parent, plan=TWO)
     made = replace(made, validation=replace(made.validation, sets=()))
-    found = rl_runs.failures(rl_run(start, made, failure), failure)
+    run = rl_run(start, made, failure)
+    found = rl_runs.failures(run, failure)
     assert found[0] == found[1]
     assert re.match(said, found[0]), found[0]
+    assert read_metrics(run.metrics_path, "rl") == [], "a step without its record does not count"
+
+
+def test_learning_stops_on_request_after_a_rollout_step(start, tmp_path):
+    """One rank is asked in the updates of a step that is no save step, with rollouts sampled ahead; the next attempt goes on from it."""
+    plan = replace(TWO, save_every_steps=4, validate_every_steps=2)
+    made = stage(start.path.parent, steps=4, plan=plan, objective=Objective(importance_cap=2.0))
+    made = replace(made, rollouts=replace(made.rollouts, max_staleness=1))
+    whole, run = rl_run(start, made, "whole"), rl_run(start, made, "asked to stop")
+    assert interrupted_runs.command(whole, tmp_path / "0") == [0, 0]
+    assert interrupted_runs.command(run, tmp_path / "1", [Ask(1, 3, (signal.SIGUSR1,))]) == [EXIT_AGAIN, EXIT_AGAIN]
+    assert interrupted_runs.ended(run)["reason"] == "interrupted"
+    assert published(run.checkpoints_path) == [3]
+    assert interrupted_runs.command(run, tmp_path / "2") == [0, 0]
+    assert interrupted_runs.weights(run, 4) == interrupted_runs.weights(whole, 4)
+    names = ("step", *rl_runs.EXACT)
+    told = [[tuple(one[name] for name in names) for one in read_metrics(each.metrics_path, "rl")] for each in (whole, run)]
+    assert told[0] == told[1]

@@ -6,6 +6,8 @@ import contextlib
 import io
 import multiprocessing
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from megatron_ext.conversion.to_megatron import hf_to_megatron
 from megatron_ext.errors import MegatronExtError
+from megatron_ext.generation.command import _marked
 from megatron_ext.tokenizer import load_tokenizer
 from tests import ranks
 from tests.small_models import hugging_face_folder
@@ -33,6 +36,11 @@ ASKED: dict[str, Command] = {
     "with bos": {"bos": True},
     "too long": {"max_tokens": 1000},
     "no samples": {"samples": 0},
+    "no tokens": {"max_tokens": 0},
+    "a prompt too long": {"prompt": "the fox " * 200},
+    "all of nothing": {"top_p": 0.0},
+    "none of the likeliest": {"top_k": 0},
+    "a seed too large": {"seed": 2**63},
     "no prompt": {"prompt": ""},
     "cold": {"temperature": -1.0},
     "half a character": {"prompt": "\ud800"},
@@ -84,7 +92,9 @@ def _say(run: Path, sending: Any) -> None:
 
 
 def responses(printed: str) -> list[str]:
-    return re.split(r"\nresponse \d+ of \d+: .*\n", printed)[1:]
+    found = re.split(r"\nresponse \d+ of \d+: .*\n", printed)[1:]
+    assert all(line.startswith("  | ") for one in found for line in one.splitlines())
+    return found
 
 
 def test_a_greedy_response_is_printed(said, run):
@@ -115,10 +125,15 @@ def test_templates_and_bos(said, run):
 
 def test_what_cannot_be_asked(said):
     reasons = {
-        "too long": r"ConfigError: request 0: \d+ tokens of prompt \+ a cap of 1,000 = .* has 128 positions",
+        "too long": r"ConfigError: --max-tokens: \d+ tokens of prompt \+ 1,000 = .* has 128 positions; ask for at most \d+",
+        "a prompt too long": r"ConfigError: --prompt: has [\d,]+ tokens, and the model 128 positions",
         "no samples": "ConfigError: --samples: is 0",
-        "no prompt": "ConfigError: request 0: its prompt is empty",
-        "cold": "ConfigError: sampling: temperature is -1",
+        "no tokens": "ConfigError: --max-tokens: is 0",
+        "no prompt": "ConfigError: --prompt: is empty",
+        "cold": "ConfigError: --temperature: temperature is -1",
+        "all of nothing": "ConfigError: --top-p: top_p is 0",
+        "none of the likeliest": "ConfigError: --top-k: top_k is 0",
+        "a seed too large": "ConfigError: --seed: is 9223372036854775808",
         "half a character": "ConfigError: --prompt: is not UTF-8 text",
         "nowhere": "CheckpointError: /nowhere",
     }
@@ -126,3 +141,25 @@ def test_what_cannot_be_asked(said):
         printed, error = said[name]
         assert re.match(reason, error), (name, error)
         assert not printed
+
+
+def test_what_cannot_be_asked_is_refused_before_torch_is_loaded(run):
+    """Loading it takes seconds. A process of its own: this one has torch."""
+    asked = [("--samples", "0"), ("--max-tokens", "0"), ("--max-tokens", "1000"), ("--temperature", "-1"), ("--top-p", "2")]
+    words = [["generate", str(run), "--prompt", "the fox", *one] for one in asked]
+    words += [["generate", "/nowhere", "--prompt", "the fox"], ["generate", str(run), "--prompt", ""]]
+    program = (
+        "import sys\nfrom megatron_ext.__main__ import main\n"
+        f"codes = [main(one) for one in {words!r}]\n"
+        "print(codes, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{[2] * len(words)} False", done.stderr
+    assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == len(words)
+
+
+def test_white_space_and_control_characters_of_a_response_can_be_seen():
+    assert _marked("a\n\n b") == "  | a\n  | \n  |  b"
+    assert _marked("\n \n") == r"  | '\n \n'"
+    assert _marked("") == "  | ''"
+    assert _marked("a\r\x1b[2Jb é") == r"  | a\r\x1b[2Jb é"

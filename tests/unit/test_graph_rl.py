@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_ext.launch import ranks
 from megatron_ext.launch.commands import parse
 from megatron_ext.launch.graph import Graph, with_joints
 from megatron_ext.launch.verbs import FUNCTIONS, run_of_kind
+from megatron_ext.rl.record_paths import record_path
 from megatron_ext.runs import Run, write_run
 from recipes import models, octothinker
 
@@ -96,7 +98,11 @@ def run_of(folder: Path, **plan: Any) -> Run:
     """A run folder of reinforcement learning on one node."""
     stage = PAPER.stage("rl_base")
     llama = write_run(folder / "llama", "g", PAPER.stage("llama"), {})
-    return write_run(folder / "rl_base", "g", replace(stage, plan=replace(stage.plan, nodes=1, **plan)), {"start": llama.path})
+    run = write_run(folder / "rl_base", "g", replace(stage, plan=replace(stage.plan, nodes=1, **plan)), {"start": llama.path})
+    path = record_path(run.path, 3)
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(b'{"cap_tokens": 2048}\n'))
+    return run
 
 
 def test_replay_becomes_the_ranks_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,11 +118,11 @@ def test_replay_becomes_the_ranks_of_the_plan(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "execv", become)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(SystemExit):
-        main(["replay", str(run.path), "--step", "3", "--set", "objective.clip_high=0.28", "--set", "lengths.x=1", "--json"])
+        main(["replay", str(run.path), "--step", "3", "--set", "objective.clip_high=0.28", "--set", "cap_tokens=1024", "--json"])
     words = called[0]
     assert words[words.index("--nproc-per-node") + 1] == "4"
     assert words[words.index("megatron_ext") + 1 :] == [
-        "replay", str(run.path), "--step", "3", "--set", "objective.clip_high=0.28", "--set", "lengths.x=1", "--json",
+        "replay", str(run.path), "--step", "3", "--set", "objective.clip_high=0.28", "--set", "cap_tokens=1024", "--json",
     ]  # fmt: skip
     assert os.environ[ranks.THREAD_VARIABLES[0]] == "3"
 

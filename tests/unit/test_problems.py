@@ -66,7 +66,7 @@ BAD: list[tuple[FormName, list[Any], str]] = [
     ("gsm8k", [GOOD, {"id": "b", "question": "2?"}], r"some.jsonl:2: no key 'answer' \(form gsm8k; the keys there are id, question\)"),
     ("gsm8k", [{"question": "", "answer": "2"}], r"some.jsonl:1: 'question' holds nothing, not text"),
     ("gsm8k", [{"question": "1?", "answer": ["2"]}], r"'answer' holds a list, not text"),
-    ("gsm8k", [{"question": "1?", "answer": "so ####"}], r"nothing after '####'"),
+    ("gsm8k", [{"question": "1?", "answer": None}], r"no key 'answer'"),
     ("gsm8k", [{**GOOD, "id": 1.5}], r"'id' holds a float"),
     ("gsm8k", ["{"], r"some.jsonl:1: not JSON"),
     ("gsm8k", ["[1]"], r"some.jsonl:1: a JSON list, not an object"),
@@ -99,6 +99,34 @@ def test_all_answers_that_no_grader_can_read_are_listed_and_can_be_left_out(tmp_
     assert [problem.id for problem in read_problems(path, "gsm8k", leave_out=frozenset({"b", "c"}))] == ["a"]
     with pytest.raises(DataError, match="leave_out names nobody"):
         read_problems(path, "gsm8k", leave_out=frozenset({"b", "c", "nobody"}))
+
+
+def test_answers_that_are_empty_are_listed_with_the_others(tmp_path: Path) -> None:
+    broken = [{"id": f"e{number}", "question": "?", "answer": text} for number, text in enumerate(("", "  ", "so ####", r"\frac{1}{"))]
+    path = _write(tmp_path, GOOD, *broken)
+    listed = (
+        r"4 answers that no grader can read.*\n  line 2 'e0': \(empty\)\n  line 3 'e1': \(empty\)\n  line 4 'e2': \(empty\)\n  line 5 'e3'"
+    )
+    with pytest.raises(DataError, match=listed):
+        read_problems(path, "gsm8k")
+    assert unreadable(path, "gsm8k") == ["e0", "e1", "e2", "e3"]
+    assert len(read_problems(path, "gsm8k", leave_out=frozenset(unreadable(path, "gsm8k")))) == 1
+    for form, row in (("math", {"problem": "?", "answer": ""}), ("math", {"problem": "?", "solution": r"\boxed{}"})):
+        assert len(unreadable(_write(tmp_path, row), form)) == 1
+    assert unreadable(_write(tmp_path, {**OLYMPIAD, "final_answer": ["1", " "], "is_multiple_answer": True}), "olympiad_bench") == ["7"]
+
+
+NUMBERS = (7, -3, 2.5, "7", "-3", "1,018", "0.5", r"\frac{1}{2}", "3/4", "$12$")
+NO_NUMBERS = ("see the figure", "", "x", "7 apples", "5 m", "1, 2", "x = 5", "1/0")
+
+
+def test_a_gold_answer_of_arithmetic_is_a_number(tmp_path: Path) -> None:
+    rows = [{"id": str(number), "question": "?", "answer": text} for number, text in enumerate((*NUMBERS, *NO_NUMBERS))]
+    path = _write(tmp_path, *rows)
+    with pytest.raises(DataError, match=r"8 answers that are no numbers, which form arithmetic wants.*\n  line 11 '10': see the figure"):
+        read_problems(path, "arithmetic")
+    assert unreadable(path, "arithmetic") == [str(number) for number in range(len(NUMBERS), len(rows))]
+    assert unreadable(path, "gsm8k") == ["11"], "another form takes words and units"
 
 
 def test_ids_that_no_grader_can_read(tmp_path: Path) -> None:

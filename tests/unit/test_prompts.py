@@ -59,7 +59,7 @@ def test_bos_needs_a_tokenizer_that_has_one(tmp_path: Path) -> None:
     assert len(prompts(PROBLEMS, PLAIN, without, 1000, "some.jsonl", bos=False).rows) == 4
 
 
-def _without_colons(folder: Path) -> Tokenizer:
+def without_colons(folder: Path) -> Tokenizer:
     """A tokenizer of words that turns each colon into its unknown word."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
@@ -73,7 +73,7 @@ def _without_colons(folder: Path) -> Tokenizer:
 
 
 def test_a_stop_string_that_the_tokenizer_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = _without_colons(tmp_path)
+    tokenizer = without_colons(tmp_path)
     with pytest.raises(ConfigError, match=r"template 'simple': the tokenizer cannot produce 'Question:' \(.*comes back as '"):
         prompts(PROBLEMS, SIMPLE, tokenizer, 1000, "some.jsonl", bos=False)
     assert len(prompts(PROBLEMS, PLAIN, tokenizer, 1000, "some.jsonl", bos=False).rows) == 4

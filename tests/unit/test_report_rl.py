@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from megatron_ext.attempts import begin_attempt
-from megatron_ext.config.rl import TruncationLengths
+from megatron_ext.config.rl import Rollouts, TruncationLengths
 from megatron_ext.config.stages import RLStage
 from megatron_ext.estimators import difference, macro_mean, wilson
 from megatron_ext.metrics import MetricsWriter
-from megatron_ext.reports import rl_figures, rl_rows, rl_tables, tables
+from megatron_ext.reports import rl_looks, rl_rows, rl_tables, tables
 from megatron_ext.reports.lineage_figure import node_lines
 from megatron_ext.reports.read import gather
 from megatron_ext.reports.rl_comparison import comparison_rows
@@ -77,8 +77,9 @@ def test_runs_and_verdicts_equal_the_records(three) -> None:
     stages = row(summary["stages"], stage="rl_long")
     assert (stages["steps"], stages["steps_planned"], stages["tokens"], stages["tokens_planned"]) == (8, 8, 8 * 25 * SAMPLED, None)
     assert [row(summary["rl_runs"], stage=s)["start_is"] for s in ("rl_base", "rl_stable")] == ["untouched", "mid-trained"]
-    assert "64 \N{RIGHTWARDS ARROW} 128 (after 4)" in page
-    assert "64 tokens from base and stable; 64 \N{RIGHTWARDS ARROW} 128 (after 4) tokens from long" in page
+    assert "64 tokens from base and stable; 64 \N{RIGHTWARDS ARROW} 128 (after 4) tokens from long" in page.replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
 
 
 def test_a_run_is_compared_with_those_from_what_its_start_was_made_from(three) -> None:
@@ -98,8 +99,11 @@ def test_a_run_is_compared_with_those_from_what_its_start_was_made_from(three) -
     assert summary["rl_verdict"][0].startswith(
         "Mid-training mattered in this run, as the paper finds: every mid-trained start ends above its"
     )
-    assert "After 8 rollout steps (16 updates) the accuracy on sums (200 problems) stands against that of the untouched base" in words
-    assert "stable +18.0 points [+11.6 to +24.5]" in words
+    arrow = "\N{RIGHTWARDS ARROW}"
+    assert f"Accuracy on sums (200 problems) before {arrow} after 8 rollout steps (16 updates): base 2.0 {arrow} 4.0 %, stable 5.0" in words
+    assert "RL raised 2 of 3 runs beyond the 95 % interval; long ends above stable, which the branches leave." in words
+    assert "Some compared runs differ in lengths, too." in words
+    assert "+18.0 [+11.6 to +24.5]" in page
     assert "rl_long was measured under another length cap" in words
 
 
@@ -109,7 +113,7 @@ def test_a_run_is_compared_with_those_from_what_its_start_was_made_from(three) -
         (40, 44, 42, "This run does not show what the paper shows, that mid-training decides how far"),
         (40, 8, 8, "none was raised above the untouched base (stable and long end below it)."),
         (8, 10, 90, "only in part: long ends above the untouched base, but stable cannot be told apart from it."),
-        (4, 60, 60, "Against stable, the checkpoint that the branches leave, with 95 % intervals: long 0.0 points"),
+        (4, 60, 60, "no branch ends above stable."),
     ],
 )
 def test_what_the_run_does_not_show_is_said_in_plain_words(base, stable, long, said, tmp_path, trained) -> None:
@@ -128,10 +132,10 @@ def test_a_start_that_stands_above_without_rl_is_not_counted_for_it(tmp_path, tr
         rl("rl_base", "base"): Course(curve(4, 6, 8)),
         rl("rl_long", "long"): Course(curve(90, 80, 90)),
     }
-    [first, second] = verdict(gather(graph(tmp_path, trained, courses)["report"]))
-    assert "This run does not show what the paper shows" in first
-    assert "long ends above it, but not because RL raised accuracy" in first
-    assert "raised accuracy in no run beyond the 95 % intervals" in second
+    [words] = verdict(gather(graph(tmp_path, trained, courses)["report"]))
+    assert "This run does not show what the paper shows" in words
+    assert "long ends above it, but not because RL raised accuracy" in words
+    assert "RL raised no run beyond the 95 % interval" in words
 
 
 def test_without_its_control_the_question_is_left_open(tmp_path, trained) -> None:
@@ -182,7 +186,16 @@ FAULTS: list[tuple[str, Course, dict[str, Any]]] = [
         Course(curve(0, 0), steps=16, step=lambda n: {"informative_share": 0.0 if 2 < n < 13 else 0.5}),
         {"steps": 16},
     ),
-    ("unequal rewards at all 8 recorded steps", Course(curve(0, 0), step=lambda _: {"informative_share": 0.0}), {}),
+    (
+        "every group had equal rewards at all 8 recorded steps, so nothing was learnt.",
+        Course(curve(0, 0), step=lambda _: {"informative_share": 0.0, "grad_norm_max": 0.0}),
+        {},
+    ),
+    (
+        "less than 5 % of the groups had unequal rewards at all 8 recorded steps;",
+        Course(curve(0, 0), step=lambda _: {"informative_share": 0.0}),
+        {},
+    ),
     (
         "sums: correct responses grew from 30 tokens at step 4 to 60 at step 8, near the cap of 64, without a gain in accuracy",
         Course({(0, "sums"): Score(90), (4, "sums"): Score(90, tokens=30.0), (8, "sums"): Score(92, tokens=60.0)}),
@@ -203,6 +216,15 @@ FAULTS: list[tuple[str, Course, dict[str, Any]]] = [
 @pytest.mark.parametrize(("said", "course", "settings"), FAULTS, ids=[text[:40] for text, _, _ in FAULTS])
 def test_what_is_amiss_is_noted(said: str, course: Course, settings: dict[str, Any], tmp_path, trained) -> None:
     assert said in notes_of(tmp_path, trained, course, **settings)
+
+
+def test_a_group_of_one_is_not_said_to_teach_nothing(tmp_path, trained) -> None:
+    alone = Rollouts(prompts_per_step=32, responses_per_prompt=1, prompts_per_update=16, max_prompt_tokens=16)
+    course = Course(curve(20, 60, 90), step=lambda _: {"informative_share": 0.0})
+    assert "groups" not in notes_of(tmp_path / "one", trained, course, rollouts=alone)
+    assert "groups" in notes_of(tmp_path / "eight", trained, course)
+    reading = gather(graph(tmp_path / "verdict", trained, {rl("rl_long", "long", rollouts=alone): course})["report"])
+    assert "learnt anything" not in verdict(reading)[0]
 
 
 def test_a_collapse_within_the_interval_is_none(tmp_path, trained) -> None:
@@ -246,7 +268,7 @@ def test_a_run_that_starts_like_another_is_told_apart_and_compared_with_its_own_
     }
     runs = graph(tmp_path, trained, courses)
     reading = gather(runs["report"])
-    looks = rl_figures.looks(reading)
+    looks = rl_looks.looks(reading)
     assert len({(look.colour, look.line) for look in looks.values()}) == len(courses)
     assert [look.label for look in looks.values()] == [s.name for s in courses]
     pairs = [(r.stage, r.against, r.differs_in) for r in comparison_rows(reading)]
@@ -255,7 +277,7 @@ def test_a_run_that_starts_like_another_is_told_apart_and_compared_with_its_own_
 
 def test_a_curve_has_the_colour_of_its_start_in_the_other_figures(three) -> None:
     runs, page, _ = three
-    looks = rl_figures.looks(gather(runs["report"]))
+    looks = rl_looks.looks(gather(runs["report"]))
     assert [look.label for look in looks.values()] == ["RL from base", "RL from stable", "RL from long"]
     for name, look in looks.items():
         assert f'background:{look.colour}"></span>{name}<' in page
@@ -273,7 +295,7 @@ def test_the_graph_shows_rl_with_its_joint_its_steps_and_its_caps(three) -> None
         ("└─ ", "rl_base"),
     ]  # fmt: skip
     assert rl_tables.caps_words(TruncationLengths(caps_tokens=(8, 16), share=0.1, steps=2)) == "8 \N{RIGHTWARDS ARROW} 16"
-    assert "then reinforcement learning from base, stable and long (8 rollout steps each)." in summary["lead"]
+    assert summary["lead"].endswith("then reinforcement learning from 3 checkpoints (8 rollout steps each).")
 
 
 def test_a_difference_joins_the_intervals_of_both() -> None:
@@ -293,7 +315,3 @@ def test_every_name_of_rl_is_documented(three) -> None:
     reading = gather(runs["report"])
     assert undocumented([*reading.rl[0].rl, *reading.rl[0].rl_validation]) == []
     assert undocumented([{"kind": "rl", "step": 1, "attempt": 1}])  # the check sees a missing name
-
-
-def test_lengths_are_labelled_as_people_write_them() -> None:
-    assert [rl_figures._tokens(value) for value in (64, 300, 1024, 2048, 1500, 12_500)] == ["64", "300", "1k", "2k", "1500", "12.5k"]

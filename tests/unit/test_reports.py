@@ -382,6 +382,8 @@ def test_the_last_loss_is_the_mean_of_a_tenth_of_the_records_or_of_10() -> None:
     [
         (show.tokens, 20_971_520_000, "20.97B"), (show.tokens, 512, "512"), (show.rate, 2e-5, "2e-5"), (show.rate, 0.0, "0"),
         (show.change, -0.1234, f"{show.MINUS}0.123"), (show.change, -0.0001, "0.000"), (show.percent, 0.0551, "5.5 %"),
+        (show.seconds, 0.000972, "0.97 ms"), (show.seconds, 0.0677, "67.7 ms"), (show.seconds, 0.6052, "605 ms"),
+        (show.seconds, 1.0608, "1.06 s"), (show.seconds, 9.0, "9 s"), (show.seconds, 0.0, "0 s"), (show.seconds, 0.9999, "1.00 s"),
         (show.seconds, 3_725.0, "1 h 02 min"), (show.seconds, 61.0, "1 min 01 s"), (show.flops, 1.5e14, "150 TFLOP/s"),
         (show.memory, 3 * 2**30, "3.00 GiB"), (show.loss, None, show.NONE), (show.amount, 123_456, "123,456"),
     ],

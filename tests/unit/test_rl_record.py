@@ -17,7 +17,8 @@ from megatron_ext.generation.engine import Generation
 from megatron_ext.rl.full_grade import behaviour
 from megatron_ext.rl.lengths import LengthState
 from megatron_ext.rl.order import OrderState
-from megatron_ext.rl.record import clear_unfinished, prune_records, read_record, record_path, recorded_steps, write_record
+from megatron_ext.rl.record import clear_unfinished, prune_records, read_record, write_record
+from megatron_ext.rl.record_paths import record_path, recorded_steps
 from megatron_ext.rl.rollouts import Batch, Rollout
 from megatron_ext.tasks.grading import Verdict
 
