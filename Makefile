@@ -7,6 +7,8 @@
 # Packages come from wherever pip's own settings say (pip.conf, PIP_INDEX_URL, PIP_FIND_LINKS, ...).
 
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+# Test files that run side by side; each may start two ranks of its own.
+WORKERS ?= 2
 LOCK := tools/locks/cpu-py311.txt
 STAMP := .venv/.installed
 RUN := .venv/bin
@@ -38,7 +40,7 @@ lint: .venv
 	$(RUN)/mypy megatron_ext recipes
 
 test: lint
-	$(RUN)/pytest
+	$(RUN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv
 	$(RUN)/pytest -m "not slow"
