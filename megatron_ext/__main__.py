@@ -7,30 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_ext.errors import LaunchError, MegatronExtError
-
-
-def launch(arguments: argparse.Namespace) -> None:
-    """Run a recipe's stages here, or show what would run."""
-    from megatron_ext.launch.load import load_graph
-
-    graph, cluster = load_graph(arguments.recipe, arguments.overrides, arguments.cluster)
-    if arguments.dry_run:
-        from megatron_ext.launch.plan import plan_text, resolved
-
-        print(json.dumps(resolved(graph), indent=2), plan_text(graph, cluster), sep="\n\n")
-    elif arguments.local:
-        from megatron_ext.launch.commands import permissions
-        from megatron_ext.launch.local import launch_local
-
-        launch_local(graph, arguments.runs, cluster, permissions(arguments))
-    else:
-        raise LaunchError("launch: this version submits to no scheduler; add --local to run here, or --dry-run to see what would run")
+from megatron_ext.errors import MegatronExtError
 
 
 def why(arguments: argparse.Namespace) -> None:
@@ -49,8 +30,10 @@ def replay(arguments: argparse.Namespace) -> None:
     """Compute a reinforcement learning step again from its record, on the ranks of its run's plan."""
     from megatron_ext.launch.ranks import become_ranks
     from megatron_ext.launch.verbs import run_of_kind
+    from megatron_ext.rl.replay_request import check_request
 
     run, step, changes, as_json = run_of_kind("replay", "rl", arguments.run), arguments.step, arguments.changes, arguments.json
+    check_request(run, step, changes)  # what is refused loads no torch and starts no ranks
     asked = [word for change in changes for word in ("--set", change)]
     become_ranks(run, words=["replay", str(run.path), "--step", str(step), *asked, *(["--json"] if as_json else [])])
     importlib.import_module("megatron_ext.rl.replay").run_replay(run, step, changes, as_json)
@@ -66,7 +49,7 @@ def work(arguments: argparse.Namespace) -> None:
         _function(RUN_VERBS[arguments.verb].function)(run)
 
 
-CALLS: dict[str, Callable[[argparse.Namespace], None]] = {"launch": launch, "why": why, "replay": replay}
+CALLS: dict[str, Callable[[argparse.Namespace], None]] = {"why": why, "replay": replay}
 
 
 def call(arguments: argparse.Namespace) -> None:
@@ -87,7 +70,10 @@ def _function(name: str) -> Callable[..., None]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command: 0 where all went well, 2 with a message where the user can put it right."""
+    """Run one command: 0 where all went well, 2 with a message where the user can put it right.
+
+    A stage that was asked to stop raises `Interrupted`, which ends the process with 75.
+    """
     from megatron_ext.launch.commands import parse
 
     arguments = parse(words)

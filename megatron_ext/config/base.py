@@ -101,7 +101,8 @@ def explain(kind: Any, error: ValidationError, where: str = "") -> str:
         cause = item.get("ctx", {}).get("error")
         path = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
         if isinstance(cause, ConfigError):
-            lines.append(_at(where, path, str(cause)))
+            named = str(cause).startswith(f"{path.rpartition('.')[2]}:")  # a config's own message begins with its name
+            lines.append(_at(where, path.rpartition(".")[0] if named else path, str(cause)))
         elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             owner = _owner(kind, item["loc"][:-1])
             key = str(item["loc"][-1])
@@ -110,8 +111,9 @@ def explain(kind: Any, error: ValidationError, where: str = "") -> str:
         elif item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             lines.append(_at(where, path, "this key is required and has no default"))
         else:
-            given = repr(item.get("input"))
-            lines.append(_at(where, path, f"{item['msg']}, but got {given[:120]} ({type(item.get('input')).__name__})"))
+            value = item.get("input")
+            given = "null" if value is None else f"{repr(value)[:120]} ({type(value).__name__})"
+            lines.append(_at(where, path, f"{item['msg']}, but got {given}"))
     return "\n".join(dict.fromkeys(lines))
 
 

@@ -63,14 +63,16 @@ def _add(verbs: Any, name: str, text: str, usage: str) -> argparse.ArgumentParse
 
 
 def _add_recipe_verbs(verbs: Any) -> None:
-    launch = _add(verbs, "launch", "run a recipe's stages, or show them", "RECIPE [stage.key=value ...] [options]")
+    launch = _add(verbs, "launch", "run a recipe's stages here or by Slurm, or show them", "RECIPE [stage.key=value ...] [options]")
     plan = _add(verbs, "plan", "what a recipe costs", "RECIPE [stage.key=value ...] [options]")
     doctor = _add(verbs, "doctor", "what would fail, before anything runs", "RECIPE [stage.key=value ...] [options]")
     for verb in (launch, plan, doctor):
         verb.add_argument("recipe", metavar="RECIPE", help="octothinker:llama_3b, or ./my.py:run; overrides follow as stage.key=value")
         verb.add_argument("--cluster", metavar="C", help="h100, or ./site.py:h100")
     launch.add_argument("--local", action="store_true", help="run every stage on this machine; finished ones are skipped")
-    launch.add_argument("--dry-run", action="store_true", help="print the resolved recipe, its edges and its plan; write nothing")
+    launch.add_argument("--dry-run", action="store_true", help="print the resolved recipe, its plan and a cluster's scripts; write nothing")
+    launch.add_argument("--from", dest="first", metavar="STAGE", help="submit this stage and what comes of it, of what is missing")
+    launch.add_argument("--no-doctor", action="store_false", dest="doctor", help="start although doctor's quick checks find an error")
     for verb in (launch, doctor):
         verb.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go (default: runs)")
     _add_permissions(launch)
@@ -83,6 +85,15 @@ def _add_recipe_verbs(verbs: Any) -> None:
 def _add_looking_verbs(verbs: Any) -> None:
     tree = _add(verbs, "tree", "lineage, states, tokens and checkpoints of run folders", "RUNS")
     tree.add_argument("runs", type=Path, metavar="RUNS")
+    status = _add(verbs, "status", "jobs, attempts, progress, time left and what failed", "RUNS [--watch]")
+    status.add_argument("runs", type=Path, metavar="RUNS", help="a folder of run folders, or one of them")
+    status.add_argument("--watch", action="store_true", help="draw it again every few seconds, until all is done")
+    cancel = _add(verbs, "cancel", "cancel the jobs of run folders", "RUNS")
+    cancel.add_argument("runs", type=Path, metavar="RUNS", help="a folder of run folders, or one of them")
+    logs = _add(verbs, "logs", "the newest log of a run", "RUN [--first-failure] [--follow]")
+    logs.add_argument("run", type=Path, metavar="RUN")
+    logs.add_argument("--first-failure", action="store_true", help="the traceback of the rank that failed first")
+    logs.add_argument("--follow", action="store_true", help="go on printing, over to the next attempt's log")
     diff = _add(verbs, "diff", "what differs between two runs or checkpoints: science, plan, data, code, lineage", "A B [options]")
     for side in ("a", "b"):
         diff.add_argument(side, type=Path, metavar=side.upper(), help="a run folder, or a checkpoint folder in one")

@@ -7,6 +7,7 @@ folders in `doctor_folders`; this machine in `doctor_machine`; the real objects,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.errors import ConfigError, LaunchError, MegatronExtError
 from megatron_ext.launch.doctor_convert import convert_findings
 from megatron_ext.launch.doctor_deep import rehearsed
-from megatron_ext.launch.doctor_folders import folder_findings
+from megatron_ext.launch.doctor_folders import folder_findings, unfinished
 from megatron_ext.launch.doctor_inputs import input_findings
 from megatron_ext.launch.doctor_machine import machine_findings
 from megatron_ext.launch.doctor_rl import rl_findings
-from megatron_ext.launch.findings import Finding, error, findings_text, ok, warning
+from megatron_ext.launch.findings import Finding, error, finding_lines, findings_text, ok, warning
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.load import load_graph
 from megatron_ext.launch.plan import plan_row
@@ -47,16 +48,36 @@ def doctor_command(
 
 
 def examine(graph: Graph, cluster: Cluster | None, runs: Path) -> list[Finding]:
-    """Everything but --deep."""
-    found = _plans(graph, cluster)
-    for stage in graph.stages:
+    """Everything but --deep. What stages that are done would need is not looked at."""
+    folder = runs / graph.name
+    found = [*_plans(graph, cluster), *folder_findings(graph, folder), *_needs(graph, unfinished(graph, folder), cluster)]
+    return [*found, *machine_findings(graph, runs)]
+
+
+def refuse_what_would_fail(graph: Graph, cluster: Cluster | None, runs: Path) -> None:
+    """Before a launch, whose own checks see to plans and run folders: print the warnings, `LaunchError` with all errors.
+
+    Stages may come to what they lack after days of other stages. A graph that is done needs nothing.
+    """
+    stages = unfinished(graph, runs / graph.name)
+    found = [*_needs(graph, stages, cluster), *machine_findings(graph, runs)] if stages else []
+    warnings, errors = ([one for one in found if one.level == level] for level in ("warning", "error"))
+    if warnings:
+        print("\n".join(finding_lines(warnings)), flush=True)
+    if errors:
+        lines = [f"graph {graph.name}: nothing was started, because it would fail:", *finding_lines(errors)]
+        raise LaunchError("\n".join([*lines, "Mend that, or add --no-doctor to start all the same"]))
+
+
+def _needs(graph: Graph, stages: Sequence[Any], cluster: Cluster | None) -> list[Finding]:
+    """What these stages of the graph read, and take of a node."""
+    found = []
+    for stage in stages:
         if isinstance(stage, TrainStage):
             found += [*_memory(stage, cluster), *_cores(stage, cluster)]
         if isinstance(stage, TrainStage | RLStage):
             found += _host_memory(stage, cluster)
-    found += rl_findings(graph, cluster)
-    found += [*folder_findings(graph, runs / graph.name), *input_findings(graph), *convert_findings(graph, runs / graph.name)]
-    return [*found, *machine_findings(graph, runs)]
+    return [*found, *rl_findings(graph, stages, cluster), *input_findings(graph, stages), *convert_findings(graph, stages)]
 
 
 def _plans(graph: Graph, cluster: Cluster | None) -> list[Finding]:

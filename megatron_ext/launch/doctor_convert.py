@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.config.base import Json
 from megatron_ext.config.hugging_face import contradictions, model_from_config, parse_config
@@ -30,16 +32,14 @@ from megatron_ext.launch.findings import Finding, error, ok, warning
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.plan import converted_bytes
 from megatron_ext.launch.plan_words import size
-from megatron_ext.runs import DONE
 
 TOKENIZER = TOKENIZERS[0]
 AGAIN = "fetch it again"
 
 
-def convert_findings(graph: Graph, folder: Path) -> list[Finding]:
-    """Findings on every Convert stage that is not done; `folder` holds the graph's run folders."""
-    stages = [stage for stage in graph.stages if isinstance(stage, ConvertStage) and not (folder / stage.name / DONE).is_file()]
-    return [finding for stage in stages for finding in _source(graph, stage)]
+def convert_findings(graph: Graph, stages: Sequence[Any]) -> list[Finding]:
+    """Findings on each Convert stage of these."""
+    return [finding for stage in stages if isinstance(stage, ConvertStage) for finding in _source(graph, stage)]
 
 
 def _source(graph: Graph, stage: ConvertStage) -> list[Finding]:

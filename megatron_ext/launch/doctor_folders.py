@@ -13,34 +13,62 @@ from megatron_ext.attempts import live_attempt
 from megatron_ext.config.base import to_json
 from megatron_ext.config.plan import LAYOUT_KEYS
 from megatron_ext.config.stages import Branch, RLStage, TrainStage, Weights, inputs
-from megatron_ext.errors import DamagedCheckpointError, RunError
+from megatron_ext.errors import ConfigError, DamagedCheckpointError, RunError
 from megatron_ext.launch.findings import Finding, error, ok, warning
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.joints import checkpoint_path, joint_of, latest_iteration, parent_change, readable_manifest
+from megatron_ext.launch.plan_words import many
 from megatron_ext.launch.verbs import check_code
 from megatron_ext.provenance import Manifest, read_manifest
-from megatron_ext.runs import CHECKPOINTS, DONE, RECIPE, Run, open_run, refuse_other_science, science_hash
+from megatron_ext.runs import CHECKPOINTS, DONE, RECIPE, Run, attempt_numbers, open_run, refuse_other_science, science_hash
 from megatron_ext.snapshot import code_hash
 from megatron_ext.tracker import newest, published
 
 
 def folder_findings(graph: Graph, folder: Path) -> list[Finding]:
-    """Folders that hold another recipe, each against what its own parents would be; and what keeps begun stages from going on."""
-    hashes: dict[str, str] = {}
+    """Folders that hold another recipe, each against what its parents' folders hold; and what keeps begun stages from going on."""
+    hashes: dict[str, str] = {}  # of what stands in a stage's folder, or would be made there
+    refusals: dict[str, str] = {}
+    origins: dict[str, str] = {}  # stage -> the first one whose recipe is another, of those that it is made from
     found = []
     for stage in graph.stages:
         parents = {role: hashes[parent] for role, parent in inputs(stage).items()}
         path = folder / stage.name
+        origin = next((origins[parent] for parent in inputs(stage).values() if parent in origins), "")
         try:
             hashes[stage.name] = refuse_other_science(path, stage, parents)
             run = open_run(path) if (path / RECIPE).is_file() else None
         except (RunError, OSError) as refusal:
-            hashes[stage.name] = science_hash(stage, parents)
-            found.append(error("run folder", str(refusal), stage=stage.name))
+            hashes[stage.name] = _standing(path) or science_hash(stage, parents)
+            refusals[stage.name] = str(refusal)
+            origin = stage.name
         else:
-            found += _begun(run, stage) if run and not run.is_done() else []
-            found += _joint(folder, stage, run)
+            if not origin:
+                found += _begun(run, stage) if run and not run.is_done() else []
+                found += _joint(folder, stage, run)
+        if origin:
+            origins[stage.name] = origin
+    found += [error("run folder", f"{text}{_made_from(name, origins, folder)}", stage=name) for name, text in refusals.items()]
     return found or [ok("run folders", f"nothing in {folder} stands in the way")]
+
+
+def _standing(path: Path) -> str:
+    """The science hash of what a run folder holds; '' where it cannot be read."""
+    try:
+        return open_run(path).science_hash
+    except (RunError, ConfigError, OSError):
+        return ""
+
+
+def _made_from(name: str, origins: dict[str, str], folder: Path) -> str:
+    """The begun stages that are made from one whose recipe is another, and could not go on after it either."""
+    made = [stage for stage, origin in origins.items() if origin == name != stage and attempt_numbers(folder / stage)]
+    return f"\n{many(len(made), 'stage')} made from it would have to start over too: {', '.join(made)}" if made else ""
+
+
+def unfinished(graph: Graph, folder: Path) -> list[Any]:
+    """The stages without a completion mark; `folder` holds the graph's run folders."""
+    return [stage for stage in graph.stages if not (folder / stage.name / DONE).is_file()]
 
 
 def obstacle(runs: Path) -> str:

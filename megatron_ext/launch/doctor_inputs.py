@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.config.stages import Source, TokenizerStage, TokenizeStage, TrainStage
 from megatron_ext.launch.findings import Finding, error, ok, warning
@@ -17,10 +19,10 @@ COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 MOST_NAMED = 6
 
 
-def input_findings(graph: Graph) -> list[Finding]:
-    """Findings on every tokenize stage: its sources' files, its tokenizer, and the models that train on it."""
-    stages = [stage for stage in graph.stages if isinstance(stage, TokenizeStage)]
-    return [finding for stage in stages for finding in (*_sources(stage), *_tokenizer(graph, stage))]
+def input_findings(graph: Graph, stages: Sequence[Any]) -> list[Finding]:
+    """Findings on each tokenize stage of these: its sources' files, its tokenizer, and the models that train on it."""
+    corpora = [stage for stage in stages if isinstance(stage, TokenizeStage)]
+    return [finding for stage in corpora for finding in (*_sources(stage), *_tokenizer(graph, stage))]
 
 
 def _sources(stage: TokenizeStage) -> list[Finding]:

@@ -47,7 +47,7 @@ def machine_findings(graph: Graph, runs: Path) -> list[Finding]:
     nodes = max((stage.plan.nodes for stage in with_ranks), default=1)
     return [
         *_packages(any(stage.plan.device == "gpu" for stage in with_ranks)),
-        *([error(f"writing to {runs}", f"not possible: {blocked}", MEND)] if blocked else _writing(home, nodes)),
+        *([error(f"writing to {runs}", f"not possible: {blocked}", MEND)] if blocked else _writing(runs, home, nodes)),
         *_disk(graph, with_ranks, runs, home),
         *_limits(with_ranks),
         *_shared_memory(trained),
@@ -91,9 +91,12 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _writing(folder: Path, nodes: int) -> list[Finding]:
-    """Do what a save does: make a folder, write and sync a file, rename the folder. A full quota shows here, not in the free space."""
-    what = f"writing to {folder}"
+def _writing(runs: Path, folder: Path, nodes: int) -> list[Finding]:
+    """Do what a save does, in the folder that is there of `runs`: make a folder, write and sync a file, rename the folder.
+
+    A full quota shows here, not in the free space.
+    """
+    what = f"writing to {runs}"
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".doctor-") as made:
             aside, target = Path(made) / "aside", Path(made) / "published"

@@ -19,6 +19,14 @@ from megatron_ext.launch.findings import Finding, error, ok, warning
 
 READER = "megatron_ext.tasks.problem_files"
 FETCH = "python -m tools.fetch_assets"
+FETCHED = {  # file -> the name that the command above takes; nothing of the package imports tools, so a test compares the two
+    "math500.jsonl": "math500",
+    "gsm8k_test.jsonl": "gsm8k",
+    "olympiad_bench.jsonl": "olympiad_bench",
+    "amc23.jsonl": "amc23",
+    "math8k.jsonl": "math8k",
+}
+FETCHED_INTO = "assets"  # unless told
 
 
 def problem_findings(stages: Sequence[RLStage]) -> list[Finding]:
@@ -41,9 +49,8 @@ def _of_sets(sets: list[ProblemSet], trained_on: set[ProblemSet]) -> list[Findin
     missing = [one for one in sets if not Path(one.path).is_file()]
     found = []
     if missing:
-        way_out = f"fetch them with `{FETCH}`, or run from the folder that they are relative to (now {Path.cwd()})"
         listed = ", ".join(f"{one.name}: {one.path}" for one in missing)
-        found.append(error("problems", f"{len(missing)} of {len(sets)} files are not there: {listed}", way_out))
+        found.append(error("problems", f"{len(missing)} of {len(sets)} files are not there: {listed}", _ways_to(missing)))
     there = [one for one in sets if one not in missing]
     if not there:
         return found
@@ -53,6 +60,21 @@ def _of_sets(sets: list[ProblemSet], trained_on: set[ProblemSet]) -> list[Findin
     for one, row in zip(there, answer, strict=True):
         found += _of_set(one, row, trained_on=there[0].name if there[0] in trained_on else "")
     return found
+
+
+def _ways_to(missing: list[ProblemSet]) -> str:
+    """How to come by files that are not there."""
+    ways = ["correct their paths"]
+    if not all(os.path.isabs(one.path) for one in missing):
+        ways.append(f"run from the folder that they are relative to (now {Path.cwd()})")
+    folders: dict[str, list[str]] = {}
+    for path in (Path(one.path) for one in missing):
+        if path.name in FETCHED:
+            folders.setdefault(str(path.parent), []).append(FETCHED[path.name])
+    for folder, names in folders.items():
+        into = "" if folder == FETCHED_INTO else f" --into {folder}"
+        ways.append(f"fetch with `{FETCH} {' '.join(dict.fromkeys(names))}{into}`")
+    return ", or ".join(ways)
 
 
 def _of_set(one: ProblemSet, row: Json, trained_on: str) -> list[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -19,18 +20,20 @@ from megatron_ext.errors import ConfigError
 from megatron_ext.launch.doctor_problems import problem_findings
 from megatron_ext.launch.findings import Finding, error, ok, warning
 from megatron_ext.launch.graph import Graph
+from megatron_ext.launch.plan_rl import unreached_caps_tokens
 from megatron_ext.launch.plan_words import size
 
 GRADERS_SHARE = 0.5  # of a machine's memory that graders may fill at their limit: ranks, page cache and the system need the rest
 
 
-def rl_findings(graph: Graph, cluster: Cluster | None) -> list[Finding]:
-    """Findings on every stage of reinforcement learning, and on the files of their problems."""
-    stages = [stage for stage in graph.stages if isinstance(stage, RLStage)]
+def rl_findings(graph: Graph, stages: Sequence[Any], cluster: Cluster | None) -> list[Finding]:
+    """Findings on each stage of reinforcement learning of these, and on the files of their problems."""
+    learning = [stage for stage in stages if isinstance(stage, RLStage)]
     found = []
-    for stage in stages:
-        found += [*_memory(stage, cluster), *_graders(stage, cluster), *_engine(stage), *_groups(stage), *_bos(graph, stage)]
-    return [*found, *problem_findings(stages)]
+    for stage in learning:
+        found += [*_memory(stage, cluster), *_graders(stage, cluster), *_engine(stage)]
+        found += [*_groups(stage), *_bos(graph, stage), *_caps(stage)]
+    return [*found, *problem_findings(learning)]
 
 
 def _memory(stage: RLStage, cluster: Cluster | None) -> list[Finding]:
@@ -121,6 +124,14 @@ def _groups(stage: RLStage) -> list[Finding]:
         return []
     text = "responses_per_prompt is 1: a group of one has no mean to be better than, and its advantage is its reward"
     return [warning("groups", text, f"{stage.name}.rollouts.responses_per_prompt=16, the paper's", stage.name)]
+
+
+def _caps(stage: RLStage) -> list[Finding]:
+    late = unreached_caps_tokens(stage)
+    if not late:
+        return []
+    text = f"no step is sampled under {' or '.join(f'{cap:,}' for cap in late)} tokens, for step {stage.steps:,} is the last"
+    return [warning("caps", text, f"more {stage.name}.steps, or an earlier rise in {stage.name}.lengths", stage.name)]
 
 
 def _bos(graph: Graph, stage: RLStage) -> list[Finding]:

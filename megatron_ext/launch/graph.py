@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megatron_ext.config.base import config, from_json, nearest, override
+from megatron_ext.config.base import Json, config, from_json, nearest, override, to_json
 from megatron_ext.config.stages import Branch, RLStage, Stage, TrainStage, Weights, inputs
 from megatron_ext.errors import ConfigError
 
@@ -98,9 +98,31 @@ def with_overrides(graph: Graph, assignments: list[str]) -> Graph:
     """The graph after `stage.key=value` assignments, checked again as a whole, its joints pinned."""
     if not assignments:
         return with_joints(graph)
+    given: Json = {stage.name: to_json(stage) for stage in graph.stages}
+    for assignment in assignments:
+        _check_names_a_stage(given, assignment)
+    changed = override(given, assignments, dict)
+    where = "after the overrides " + " ".join(assignments)
+    for stage in graph.stages:  # each for itself: a message of the whole would name its position
+        from_json(type(stage), changed[stage.name], f"{where}: {stage.name}")
+    whole: Graph = from_json(Graph, {"name": graph.name, "stages": list(changed.values())}, where)
+    return with_joints(whole)
 
-    def read(data: Any) -> Graph:
-        whole: Graph = from_json(Graph, data, "after the overrides " + " ".join(assignments))
-        return whole
 
-    return with_joints(override(graph, [f"stages.{a}" for a in assignments], read))
+def _check_names_a_stage(data: Json, assignment: str) -> None:
+    """`ConfigError` where an assignment does not begin with a stage's name."""
+    path = assignment.partition("=")[0].split(".")
+    if path[0] in data:
+        return
+    owners = [name for name, stage in data.items() if _has(stage, path)]
+    if owners:
+        raise ConfigError(f"override '{assignment}': begin with a stage's name, as in {owners[0]}.{assignment}")
+    raise ConfigError(f"override '{assignment}': no stage is named '{path[0]}'{nearest(path[0], list(data))}")
+
+
+def _has(data: Any, path: list[str]) -> bool:
+    for key in path:
+        if not isinstance(data, dict) or key not in data:
+            return False
+        data = data[key]
+    return True

@@ -15,59 +15,50 @@ from typing import Any, NoReturn
 import psutil
 
 from megatron_ext.attempts import Attempt
-from megatron_ext.config.base import Json
 from megatron_ext.config.cluster import Cluster
 from megatron_ext.config.memory import export_steps
-from megatron_ext.config.stages import RLStage, TrainStage, inputs
+from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.errors import LaunchError, RunError
-from megatron_ext.launch.doctor_folders import changed_parent, obstacle, start_problem
+from megatron_ext.launch.doctor import refuse_what_would_fail
+from megatron_ext.launch.doctor_folders import changed_parent
+from megatron_ext.launch.failures import failure_text
 from megatron_ext.launch.graph import Graph
-from megatron_ext.launch.plan import plan_rows
-from megatron_ext.launch.plan_rl import rl_rows
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions, thread_environment
+from megatron_ext.launch.ready import check_ready, is_finished, make_ready, time_of
 from megatron_ext.launch.tree import columns, progress
 from megatron_ext.launch.tree_rl import accuracy_words
-from megatron_ext.launch.verbs import RUN_VERBS, check_code
 from megatron_ext.runs import (
     ATTEMPTS,
     CHECKPOINTS,
     EXPORTS,
-    RECIPE,
     Run,
     attempt_numbers,
-    open_run,
     read_done,
     read_json,
-    refuse_other_science,
-    write_run,
 )
-from megatron_ext.snapshot import PACKAGE, files_hash, snapshot_environment, source_files, take_snapshot
+from megatron_ext.snapshot import snapshot_environment
 from megatron_ext.tracker import iteration_path
 
-LOG_LINES = 20
 LOOK_SECONDS = 0.5  # between looks for the attempt of a stage; a rank lives longer than that before it begins one
 GRACE_SECONDS = 40.0  # torchrun gives its ranks 30 s to stop before it kills them
 
 
-def launch_local(graph: Graph, runs_dir: Path, cluster: Cluster | None, permissions: Permissions = NO_PERMISSIONS) -> None:
+def launch_local(
+    graph: Graph, runs_dir: Path, cluster: Cluster | None, permissions: Permissions = NO_PERMISSIONS, doctor: bool = True
+) -> None:
     """Run every stage of `graph` that is not done, into `runs_dir/<graph>/<stage>`, and print what came of it.
 
     Stages run a snapshot of this code as it is now: editing it while they run changes nothing.
-    Before anything is written or run: `LaunchError` where a stage cannot start from the checkpoint that it names,
+    Before anything is written or run: `LaunchError` where a stage cannot start from the checkpoint that it names, or
+    (unless `doctor` is false) would lack files, packages or room that can be looked for now,
     `ConfigError` or `DataError` where the plan cannot be carried out, `RunError` where a folder cannot be made,
     holds another recipe, or a begun stage of other code.
     Later: `LaunchError` where a stage fails.
     """
-    folder = runs_dir / graph.name
-    plan_rows(graph, cluster)  # these refuse what could not run as planned
-    rl_rows(graph, cluster)
-    _check_place(folder)
-    _check_folders(graph, folder)
-    if not permissions.other_code:
-        _check_codes(graph, folder)
-    _check_starts(graph, folder)
-    snapshot = take_snapshot(runs_dir)
-    runs = [_write(graph, stage, folder, cluster) for stage in graph.stages]
+    check_ready(graph, runs_dir, cluster, permissions)
+    if doctor:
+        refuse_what_would_fail(graph, cluster, runs_dir)
+    runs, snapshot = make_ready(graph, runs_dir, cluster)
     for number, run in enumerate(runs, start=1):
         line = f"[{number}/{len(runs)}] {run.name}: {run.stage.kind}"
         if is_finished(run):
@@ -102,52 +93,6 @@ def _export(run: Run, name: str) -> str:
     return f"megatron-ext convert megatron-to-hf {folder}/{CHECKPOINTS}/{name} {folder}/{EXPORTS}/{name}"
 
 
-def is_finished(run: Run) -> bool:
-    """Whether a stage need not run: it is done, and where it may be repeated (a report), not older than what it reads."""
-    if not run.is_done():
-        return False
-    mark = read_done(run)
-    if not RUN_VERBS[run.stage.kind].repeats:
-        return True
-    parents = [open_run(path) for path in run.inputs.values()]
-    return all(parent.is_done() and _time(read_done(parent)) <= _time(mark) for parent in parents)
-
-
-def _time(mark: Json) -> datetime:
-    return datetime.fromisoformat(mark["finished_at"])
-
-
-def _check_place(folder: Path) -> None:
-    problem = obstacle(folder)
-    if problem:
-        raise RunError(f"{folder}: run folders cannot be made here: {problem}; mend that, or name another --runs. Nothing was started")
-
-
-def _check_starts(graph: Graph, folder: Path) -> None:
-    problems = [problem for stage in graph.stages if (problem := start_problem(folder, stage))]
-    if problems:
-        raise LaunchError("\n".join([f"graph {graph.name}: nothing was started, because a start is not there:", *problems]))
-
-
-def _check_folders(graph: Graph, folder: Path) -> None:
-    hashes: dict[str, str] = {}
-    for stage in graph.stages:
-        hashes[stage.name] = refuse_other_science(folder / stage.name, stage, {r: hashes[p] for r, p in inputs(stage).items()})
-
-
-def _check_codes(graph: Graph, folder: Path) -> None:
-    here = files_hash(source_files(PACKAGE))  # what a snapshot would hold; this process may have been started before an edit
-    begun = [open_run(folder / stage.name) for stage in graph.stages if (folder / stage.name / RECIPE).is_file()]
-    for run in begun:
-        if not run.is_done():
-            check_code(run, here)
-
-
-def _write(graph: Graph, stage: Any, folder: Path, cluster: Cluster | None) -> Run:
-    parents = {role: folder / parent for role, parent in inputs(stage).items()}
-    return write_run(folder / stage.name, graph.name, stage, parents, cluster)
-
-
 def run_stage(run: Run, snapshot: Path, permissions: Permissions = NO_PERMISSIONS) -> None:
     """Run one stage's verb in a process of its own, from a snapshot; `LaunchError` with the end of its log where it fails.
 
@@ -172,7 +117,7 @@ def run_stage(run: Run, snapshot: Path, permissions: Permissions = NO_PERMISSION
         for number in caught:
             signal.signal(number, signal.SIG_DFL)
     if code != 0:
-        raise LaunchError(_failure(run, code, attempt))
+        raise LaunchError(failure_text(run, code, attempt))
     if not run.is_done():
         raise LaunchError(f"stage '{run.name}' exited with 0 but left no DONE in {run.path}; this is a defect of its verb")
 
@@ -226,44 +171,12 @@ def stop(child: subprocess.Popen[bytes], grace_seconds: float = GRACE_SECONDS) -
     child.wait()
 
 
-def _failure(run: Run, code: int, attempt: int | None) -> str:
-    """What is known of a failed stage: exit code, the end of its log, the rank that failed first, the way on."""
-    ended = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-    lines = [f"stage '{run.name}' ended {ended}"]
-    if attempt is not None:
-        lines += _attempt_lines(run.path / ATTEMPTS / str(attempt), attempt)
-    else:
-        lines.append("it ended before it began an attempt; what it printed above says why")
-    lines.append("Once the cause is removed, run the same command again: finished stages are skipped")
-    return "\n".join(lines)
-
-
-def _attempt_lines(folder: Path, number: int) -> list[str]:
-    log, ended = folder / "log.txt", folder / "exit.json"
-    values = read_json(ended, "how an attempt ended") if ended.is_file() else {}
-    end = f"attempt {number} {values['reason']}: {values.get('error', 'no error was recorded')}" if values else ""
-    if values.get("reason") == "stopped":  # by an error whose message says it all
-        return [end, f"its log is {log}"]
-    failed = sorted(folder.glob("rank_*.error.txt"), key=lambda path: path.stat().st_mtime_ns)
-    lines, first = _tail(log), _tail(failed[0]) if failed else []
-    lines += first if first and first[-1] not in lines else []  # rank 0's error stands in its log too
-    lines += [f"see also {path}" for path in failed[1:]]
-    return [*lines, end or f"attempt {number} left no word of its end in {folder}"]
-
-
-def _tail(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    last = path.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-LOG_LINES:]
-    return [f"the last {len(last)} lines of {path}:", *(f"  | {line}" for line in last)]
-
-
 def summary_text(runs: list[Run]) -> str:
     """A table of the finished stages, and where the report is."""
     rows = [["stage", "kind", "state", "seconds", "tokens", "final loss", "accuracy"]]
     for run in runs:
         come = progress(run)
-        loss = "" if come.loss is None else f"{come.loss:.4f}"
+        loss = "" if come.loss is None or run.stage.kind == "rl" else f"{come.loss:.4f}"  # that of GRPO says nothing
         tokens = "" if come.tokens is None else f"{come.tokens:,}"
         learnt = accuracy_words(run) if run.stage.kind == "rl" else ""
         rows.append([run.name, run.stage.kind, come.state, f"{_seconds(run):.0f}", tokens, loss, learnt])
@@ -277,4 +190,4 @@ def _seconds(run: Run) -> float:
     if "seconds" in done:
         return float(done["seconds"])
     began = read_json(run.path / ATTEMPTS / str(attempt_numbers(run.path)[-1]) / "plan.json", "how an attempt began")["started_at"]
-    return (_time(done) - datetime.fromisoformat(began)).total_seconds()
+    return (time_of(done) - datetime.fromisoformat(began)).total_seconds()

@@ -251,9 +251,15 @@ def _sums(converted: list[Json], trained: list[Json], learnt: list[Json]) -> str
     if hours and None not in hours:
         words.append(f"{sum(hours):,.0f} GPU-hours" + (" of training" if learnt else ""))
     if learnt:
-        rollouts = size(sum(row["rollouts_bytes_at_most"] for row in learnt))
-        words.append(f"{sum(row['updates'] for row in learnt):,} updates of reinforcement learning, whose records take {rollouts} at most")
+        words.append(_learning_sum(learnt))
     return "in all: " + ", ".join(words)
+
+
+def _learning_sum(learnt: list[Json]) -> str:
+    updates, rollouts = sum(row["updates"] for row in learnt), sum(row["rollouts_bytes_at_most"] for row in learnt)
+    hours = [row["compute"]["update_gpu_hours_at_most"] for row in learnt]
+    at_most = "" if None in hours else f" ({sum(hours):,.0f} GPU-hours at most; sampling is not in them)"
+    return f"{updates:,} updates of reinforcement learning{at_most}, whose records take {size(rollouts)} at most"
 
 
 def plan_command(recipe: str, overrides: list[str], cluster: str | None, as_json: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_ext.config.base import Json, to_json
 from megatron_ext.config.cluster import Cluster
 from megatron_ext.config.memory import checkpoint_bytes, export_bytes, files_per_checkpoint
+from megatron_ext.config.rl import TruncationLengths
 from megatron_ext.config.rl_memory import (
     kept_rl_checkpoints,
     response_tokens_at_most,
@@ -46,6 +47,7 @@ def rl_row(graph: Graph, stage: RLStage, cluster: Cluster | None) -> Json:
         "max_prompt_tokens": rollouts.max_prompt_tokens,
         "longest_tokens": stage.longest_tokens,
         "lengths": to_json(stage.lengths),
+        "unreached_caps_tokens": unreached_caps_tokens(stage),
         "temperature": rollouts.sampling.temperature,
         "template": stage.template,
         "reward": stage.reward,
@@ -69,6 +71,17 @@ def rl_row(graph: Graph, stage: RLStage, cluster: Cluster | None) -> Json:
         },
         "rollouts_bytes_at_most": rollouts_bytes_at_most(stage),
     }
+
+
+def unreached_caps_tokens(stage: RLStage) -> list[int]:
+    """Caps that no rollout step is sampled under, because they can begin behind the last one alone."""
+    lengths, before_last = stage.lengths, stage.steps - 1  # the progress that the last step begins at, at most
+    if isinstance(lengths, TruncationLengths):
+        return [cap for number, cap in enumerate(lengths.caps_tokens) if number * lengths.steps > before_last]
+    if lengths.unit == "response_tokens":
+        draws = 1 + stage.rollouts.resample_uninformative
+        before_last *= stage.rollouts.responses_per_step * draws * lengths.largest_cap_tokens
+    return [row.cap_tokens for row in lengths.caps if row.after > before_last]
 
 
 def check_gpus(stage: TrainStage | RLStage, cluster: Cluster | None) -> None:

@@ -50,7 +50,7 @@ def _sample_words(row: Json) -> str:
 
 def _cap_words(row: Json) -> str:
     lengths = row["lengths"]
-    longest = f"; with a prompt of {row['max_prompt_tokens']:,}, {row['longest_tokens']:,} tokens at most"
+    longest = f"; with a prompt of {row['max_prompt_tokens']:,}, {row['longest_tokens']:,} tokens at most{_unreached_words(row)}"
     if lengths["kind"] == "truncation":
         caps = ", ".join(f"{cap:,}" for cap in lengths["caps_tokens"])
         return f"{caps} tokens, the next one when more than {lengths['share']:.0%} are cut off {lengths['steps']} steps in a row{longest}"
@@ -61,6 +61,11 @@ def _cap_words(row: Json) -> str:
         after = f"step {one['after']:,} (update {one['after'] * row['updates_per_step']:,})" if by_step else f"{count(one['after'])} tokens"
         words.append(f"{one['cap_tokens']:,} from {after}")
     return ", ".join(words) + longest
+
+
+def _unreached_words(row: Json) -> str:
+    late = " or ".join(f"{cap:,}" for cap in row["unreached_caps_tokens"])
+    return f"; WARNING: no step is sampled under {late} tokens, for step {row['steps']:,} is the last" if late else ""
 
 
 def _task_words(row: Json) -> str:

@@ -8,7 +8,8 @@ demo  (runs/demo)
      └─ decay  train     not started                tokens 0 of 512                       branch of stable at 256 tokens, LR 0.003
 
 Children stand by the point where they leave their parent, then in the order in which a report of the
-folder names them (the graph's order, which no other file keeps), then by name.
+folder names them (the graph's order, which no other file keeps), then by name. Below all of them stand
+the errors that ended attempts, whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.attempts import EXIT, FALLBACK, RECORD, Attempt, live_attempt
+from megatron_ext.config.base import Json
 from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.errors import RunError
 from megatron_ext.launch.joints import joint_of, parent_change, rate_words, readable_manifest
@@ -69,14 +71,14 @@ def tree_text(runs_dir: Path) -> str:
 
 
 def _graph_text(folder: Path, runs: list[Run]) -> str:
-    runs = _in_order(runs)
+    runs = in_order(runs)
     children = _children(runs)
     by_path = {run.path: run for run in runs}
     trained = [run for run in runs if run.stage.kind in ("train", "rl") or run.path in children]
     below = {path for members in children.values() for path in members}
     roots = [run for run in trained if run.path not in below]
     paths = {run.path for run in trained}
-    others = sorted((run for run in runs if run.path not in paths), key=lambda run: (_depth(run, by_path), run.name))
+    others = sorted((run for run in runs if run.path not in paths), key=lambda run: (depth(run, by_path), run.name))
     before = [_Line("", "", run) for run in others if not paths & set(run.inputs.values())]
     after = [_Line("", "", run) for run in others if paths & set(run.inputs.values())]
     drawn = [*before, *(line for root in roots for line in _branches(root, children, by_path)), *after]
@@ -85,7 +87,7 @@ def _graph_text(folder: Path, runs: list[Run]) -> str:
     text = [f"{runs[0].graph}  ({os.path.relpath(folder)})"]
     for line, row, done in zip(drawn, columns(rows), made, strict=True):
         text += [f"  {row}", *(f"  {line.below}{note}" for note in notes(line.run, done))]
-    return "\n".join(text)
+    return "\n".join([*text, *(f"  {words}" for run in runs for words in _error_lines(run))])
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class _Line:
     run: Run
 
 
-def _in_order(runs: list[Run]) -> list[Run]:
+def in_order(runs: list[Run]) -> list[Run]:
     """Runs by the point where they leave their parent, then as a report names them, then by name."""
     reports = [run.stage.stages for run in runs if run.stage.kind == "report"]
     named = [name for stages in sorted(reports, key=len, reverse=True) for name in stages]
@@ -120,9 +122,10 @@ def _children(runs: list[Run]) -> dict[Path, list[Path]]:
     return children
 
 
-def _depth(run: Run, by_path: dict[Path, Run]) -> int:
+def depth(run: Run, by_path: dict[Path, Run]) -> int:
+    """How many runs stand before a run, along the longest way."""
     parents = [by_path[path] for path in run.inputs.values() if path in by_path]
-    return 1 + max((_depth(parent, by_path) for parent in parents), default=0)
+    return 1 + max((depth(parent, by_path) for parent in parents), default=0)
 
 
 def _branches(run: Run, children: dict[Path, list[Path]], by_path: dict[Path, Run], lead: str = "", mark: str = "") -> list[_Line]:
@@ -172,10 +175,9 @@ def state(run: Run) -> str:
 
 
 def _end(run: Run, attempt: Attempt) -> str:
-    if (attempt.path / EXIT).is_file():
-        values = read_json(attempt.path / EXIT, "how an attempt ended")
-        error = _first_line(values.get("error", ""))
-        return f"{values['reason']}: {error}" if error else str(values["reason"])
+    if ended := _recorded_end(attempt):
+        kind = ended.get("error", "").partition(":")[0]  # its message is too long for a row
+        return f"{ended['reason']}: {kind}" if kind else str(ended["reason"])
     if not (attempt.path / RECORD).is_file():
         return "begun"
     host = attempt.record["host"]
@@ -184,6 +186,20 @@ def _end(run: Run, attempt: Attempt) -> str:
         return f"running, {where}" if live_attempt(run.path) else "killed (no word of its end)"
     except OSError:  # a heartbeat is timed by a file beside it, which who may only read cannot make
         return f"running or killed, {where}"
+
+
+def _recorded_end(attempt: Attempt) -> Json:
+    """How an attempt says that it ended; empty where it has not."""
+    values: Json = read_json(attempt.path / EXIT, "how an attempt ended") if (attempt.path / EXIT).is_file() else {}
+    return values
+
+
+def _error_lines(run: Run) -> list[str]:
+    """The error that ended the newest attempt of a stage that is not done."""
+    numbers = [] if run.is_done() else attempt_numbers(run.path)
+    ended = _recorded_end(Attempt(numbers[-1], run.path / ATTEMPTS / str(numbers[-1]))) if numbers else {}
+    first, *others = str(ended.get("error", "")).splitlines() or [""]
+    return [f"{run.name}, attempt {numbers[-1]}, {ended['reason']}: {first}", *(f"  {line}" for line in others)] if first else []
 
 
 def _cells(run: Run, done: Progress) -> list[str]:

@@ -32,9 +32,16 @@ RUN_VERBS = {
     "report": Verb("report", "megatron_ext.reports.page:run_report", "draw figures and a page from run folders", repeats=True),
 }
 FUNCTIONS = {  # verb -> module:function, and the arguments that it takes
+    "launch": (
+        "megatron_ext.launch.launching:launch_command",
+        ("recipe", "overrides", "cluster", "runs", "local", "dry_run", "first", "doctor", "other_code", "take_over"),
+    ),
     "plan": ("megatron_ext.launch.plan:plan_command", ("recipe", "overrides", "cluster", "as_json")),
     "doctor": ("megatron_ext.launch.doctor:doctor_command", ("recipe", "overrides", "cluster", "runs", "deep", "rank", "stage")),
     "tree": ("megatron_ext.launch.tree:tree_command", ("runs",)),
+    "status": ("megatron_ext.launch.status:status_command", ("runs", "watch")),
+    "cancel": ("megatron_ext.launch.cancel:cancel_command", ("runs",)),
+    "logs": ("megatron_ext.launch.logs:logs_command", ("run", "first_failure", "follow")),
     "diff": ("megatron_ext.launch.diff:diff_command", ("a", "b", "code", "as_json")),
     "verify": ("megatron_ext.checkpoint.verify:verify_command", ("paths", "jobs")),
     "gc": ("megatron_ext.checkpoint.gc:gc_command", ("runs", "dry_run", "thin")),

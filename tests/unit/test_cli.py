@@ -190,7 +190,7 @@ def test_a_defect_in_a_recipe_shows_its_traceback(here: Path) -> None:
 
 
 def test_launch_needs_to_know_where(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "add --local to run here, or --dry-run" in failing(["launch", "demo:smoke"], capsys)
+    assert "--cluster NAME submits to its Slurm, --local runs here, --dry-run shows" in failing(["launch", "demo:smoke"], capsys)
 
 
 @pytest.mark.parametrize("words", [["plan", "demo:smoke", "--clutser", "x"], ["tree", "runs", "a.b=1"], ["dance"], []])
@@ -238,7 +238,7 @@ def test_several_ranks_become_torchrun_with_pinned_threads(tmp_path: Path, monke
     ranks.become_ranks(open_run(path))
     assert [os.environ[name] for name in ranks.THREAD_VARIABLES] == ["3", "3", "3"]
     words = called[0][1:]
-    assert words[1:3] == ["-m", "torch.distributed.run"]
+    assert words[1:3] == ["-m", "megatron_ext.training.torchrun"]
     assert words[words.index("--nproc-per-node") + 1] == "4"
     assert words[-4:] == ["-m", "megatron_ext", "train", str(path)]
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -24,6 +24,7 @@ from megatron_ext.conversion.hub import find_source
 from megatron_ext.errors import DataError
 from megatron_ext.launch import doctor_convert, doctor_weights
 from megatron_ext.launch.doctor_convert import convert_findings
+from megatron_ext.launch.doctor_folders import unfinished
 from megatron_ext.launch.findings import Finding
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.plan import converted_bytes
@@ -73,7 +74,8 @@ def graph_of(model_id: Path | str, tokenizer: str = "data/x", **values: Any) -> 
 
 
 def found(model_id: Path | str, tmp_path: Path, **values: Any) -> list[Finding]:
-    return convert_findings(graph_of(model_id, **values), tmp_path / "runs")
+    graph = graph_of(model_id, **values)
+    return convert_findings(graph, unfinished(graph, tmp_path / "runs"))
 
 
 def test_a_whole_folder_is_fine(folder: Path, tmp_path: Path) -> None:
@@ -239,12 +241,12 @@ def test_the_corpus_has_the_models_tokenizer(folder: Path, tmp_path: Path) -> No
     ):
         file.write_text(json.dumps(values))
         for tokenizer in (str(corpus), str(file)):
-            (one,) = convert_findings(graph_of(folder, tokenizer=tokenizer), tmp_path / "runs")
+            (one,) = found(folder, tmp_path, tokenizer=tokenizer)
             assert one.level == ("ok" if fits else "error"), values
     assert one.found.startswith(f"{folder}/tokenizer.json is another tokenizer than {file}, which makes corpus")
     assert one.way_out == f"corpus.tokenizer={folder}"
     file.write_text("{")
-    assert "is not JSON" in convert_findings(graph_of(folder, tokenizer=str(corpus)), tmp_path / "runs")[0].found
+    assert "is not JSON" in found(folder, tmp_path, tokenizer=str(corpus))[0].found
 
 
 def test_what_is_no_source_and_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,12 +314,11 @@ def test_it_needs_no_torch(folder: Path) -> None:
     block = "; ".join(f"sys.modules['{name}'] = None" for name in ("torch", "megatron", "transformers", "numpy", "safetensors"))
     graphs = [to_json(graph_of(name)) for name in (folder, NAME)]
     program = f"""import sys; {block}
-from pathlib import Path
 from megatron_ext.config.base import from_json
 from megatron_ext.launch.doctor_convert import convert_findings
 from megatron_ext.launch.graph import Graph
-for values in {graphs!r}:
-    print([one.level for one in convert_findings(from_json(Graph, values), Path("none"))])"""
+for graph in (from_json(Graph, values) for values in {graphs!r}):
+    print([one.level for one in convert_findings(graph, graph.stages)])"""
     environment = {**os.environ, "HF_HOME": str(folder / "home")}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

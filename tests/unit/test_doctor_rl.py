@@ -9,19 +9,26 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.config.cluster import Cluster
+from megatron_ext.config.rl import CapFrom, ProgressLengths, TruncationLengths
 from megatron_ext.config.rl_memory import rl_memory
 from megatron_ext.config.stages import RLStage
 from megatron_ext.config.tasks import ProblemSet, Validation
 from megatron_ext.launch import doctor_problems, doctor_rl
 from megatron_ext.launch.doctor_problems import problem_findings
-from megatron_ext.launch.doctor_rl import rl_findings
 from megatron_ext.launch.findings import Finding
 from megatron_ext.launch.graph import Graph, with_overrides
+from megatron_ext.launch.plan import plan_text
 from recipes import clusters, octothinker
 from tests.benchmark_files import BENCHMARKS
+from tools.asset_table import ASSETS
 
 H100 = clusters.h100()
 ONE = octothinker.rl_llama_3b()  # convert, one stage of reinforcement learning, report
+
+
+def rl_findings(graph: Graph, cluster: Cluster | None) -> list[Finding]:
+    return doctor_rl.rl_findings(graph, graph.stages, cluster)
 
 
 def changed(**values: Any) -> Graph:
@@ -115,6 +122,25 @@ def test_a_group_of_one_and_another_bos_are_warned_of() -> None:
     assert of(rl_findings(paper, H100), "prompts") == []
 
 
+@pytest.mark.parametrize(
+    ("lengths", "late"),
+    [
+        (ProgressLengths(caps=(CapFrom(after=0, cap_tokens=16), CapFrom(after=199, cap_tokens=32))), ""),
+        (ProgressLengths(caps=(CapFrom(after=0, cap_tokens=16), CapFrom(after=200, cap_tokens=32))), "32"),
+        (TruncationLengths(caps_tokens=(16, 32, 64), share=0.5, steps=100), "64"),
+        (TruncationLengths(caps_tokens=(16, 32, 64), share=0.5, steps=99), ""),
+        (ProgressLengths(unit="response_tokens", caps=(CapFrom(after=0, cap_tokens=16), CapFrom(after=10**9, cap_tokens=32))), "32"),
+        (ProgressLengths(unit="response_tokens", caps=(CapFrom(after=0, cap_tokens=16), CapFrom(after=10**6, cap_tokens=32))), ""),
+    ],
+)
+def test_a_cap_that_no_step_can_come_to_is_warned_of(lengths: Any, late: str) -> None:
+    found = of(rl_findings(changed(steps=200, lengths=lengths), H100), "caps")
+    assert [one.level for one in found] == (["warning"] if late else [])
+    assert [one.found for one in found] == ([f"no step is sampled under {late} tokens, for step 200 is the last"] if late else [])
+    plan = plan_text(changed(steps=200, lengths=lengths))
+    assert (f"WARNING: no step is sampled under {late} tokens" in plan) == bool(late)
+
+
 # --- files of problems ---------------------------------------------------------------------------------
 
 
@@ -149,7 +175,7 @@ def test_whole_files_are_counted_once_for_all_stages(tmp_path: Path) -> None:
     [
         ([row(1, answer=None)], "train.jsonl:1: no key 'answer'"),
         ([row(1), row(2, id="1")], "1 ids stand more than once: '1' on lines 1, 2"),
-        ([row(1, answer="\\frac{1}{")], "1 answers that no grader can read"),
+        ([row(1, answer="\\frac{1}{")], "train.jsonl: 1 answers that"),
         ([], "no problem in it"),
     ],
 )
@@ -163,10 +189,22 @@ def test_a_file_that_is_not_there_and_one_that_is_yet_to_be_written(tmp_path: Pa
     held = written(tmp_path / "held.jsonl", row(3))
     missing, fine = problem_findings([stage_with(str(tmp_path / "gone.jsonl"), held)])
     assert (missing.level, missing.found) == ("error", f"1 of 2 files are not there: gone: {tmp_path}/gone.jsonl")
-    assert "python -m tools.fetch_assets" in missing.way_out
+    assert missing.way_out == "correct their paths"
     assert fine.level == "ok"
     (later,) = problem_findings([stage_with("train.jsonl", "held.jsonl", text="text")])
     assert (later.level, later.found) == ("ok", "written by stage text")
+
+
+def test_what_can_be_fetched_is_named_in_the_command_that_fetches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (missing,) = problem_findings([stage_with("own.jsonl", "assets/math500.jsonl", "/data/gsm8k_test.jsonl", "assets/amc23.jsonl")])
+    fetch = "python -m tools.fetch_assets"
+    ways = (f"(now {tmp_path})", f"or fetch with `{fetch} math500 amc23`", f"or fetch with `{fetch} gsm8k --into /data`")
+    assert all(way in missing.way_out for way in ways)
+
+
+def test_the_files_that_can_be_fetched_are_those_of_the_tool() -> None:
+    assert {asset.target: asset.name for asset in ASSETS.values() if asset.form} == doctor_problems.FETCHED
 
 
 def test_held_out_problems_that_are_trained_on(tmp_path: Path) -> None:

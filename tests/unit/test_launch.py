@@ -21,11 +21,12 @@ import pytest
 from megatron_ext.__main__ import main
 from megatron_ext.attempts import TAKE_OVER, begin_attempt
 from megatron_ext.config.base import to_json
-from megatron_ext.config.stages import Source, Stage, TokenizeStage
+from megatron_ext.config.stages import Stage
 from megatron_ext.errors import ConfigError, DataError, LaunchError, RunError
 from megatron_ext.launch import local
 from megatron_ext.launch.commands import parse, permissions
-from megatron_ext.launch.graph import Graph, with_overrides
+from megatron_ext.launch.failures import failure_text
+from megatron_ext.launch.graph import with_overrides
 from megatron_ext.launch.local import launch_local, run_stage, summary_text
 from megatron_ext.launch.ranks import THREAD_VARIABLES, Permissions, torchrun_command
 from megatron_ext.launch.tree import state, tree_text
@@ -121,7 +122,7 @@ def test_other_code_goes_on_with_the_flag_and_is_recorded(tmp_path: Path, capfd:
     begun_by("0123" * 16, run)
     assert main(["text", str(run.path)]) == 2
     assert "Add --other-code to go on with this code" in capfd.readouterr().err
-    with pytest.raises(LaunchError, match="ended before it began an attempt"):
+    with pytest.raises(LaunchError, match="ended with exit code 2 before it began an attempt"):
         run_stage(run, take_snapshot(tmp_path))
     launch_local(TEXT, tmp_path, None, Permissions(other_code=True))
     assert attempt_codes(run) == {1: "0123" * 16, 2: code_hash()}
@@ -168,40 +169,6 @@ def test_the_flags_reach_every_rank_and_the_one_who_begins(tmp_path: Path, monke
     assert os.environ[TAKE_OVER] == "1"
 
 
-def test_a_failed_stage_names_its_cause_and_the_way_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The second stage reads a file that is not there."""
-    missing = Source(name="web", paths=(str(tmp_path / "absent.jsonl"),), max_epochs=1.0)
-    tokenizer_folder = tmp_path / "no" / "tokenizer"
-    graph = Graph(name="g", stages=(*TEXT.stages, TokenizeStage(name="corpus", sources=(missing,), tokenizer=f"{tokenizer_folder}")))
-    with pytest.raises(LaunchError) as caught:
-        launch_local(graph, tmp_path / "runs", None)
-    message = str(caught.value)
-    assert "stage 'corpus' ended with exit code" in message
-    assert "attempt 1 failed: DataError" in message
-    assert "run the same command again: finished stages are skipped" in message
-    printed = capfd.readouterr()
-    assert "[2/2] corpus: tokenize" in printed.out
-    assert "error: " in printed.err
-    assert open_run(tmp_path / "runs" / "g" / "text").is_done()
-    assert not open_run(tmp_path / "runs" / "g" / "corpus").is_done()
-
-
-def test_a_failed_attempts_log_and_rank_errors_are_shown(tmp_path: Path) -> None:
-    """A verb that dies at once (its recipe is gone) after an attempt that we wrote, as a rank would."""
-    attempt = begin_attempt(write_run(tmp_path / "text", "g", TEXT.stages[0], {}))
-    attempt.log_path.write_text("".join(f"line {i}\n" for i in range(50)))
-    (attempt.path / "rank_00002.error.txt").write_text("Traceback\nValueError: two\n")
-    os.utime(attempt.path / "rank_00002.error.txt", (1, 1))
-    (attempt.path / "rank_00001.error.txt").write_text("Traceback\nConnectionError: one\n")
-    message = local._failure(open_run(tmp_path / "text"), -9, attempt=1)
-    assert message.startswith("stage 'text' ended by signal SIGKILL\n")
-    assert f"the last 20 lines of {attempt.log_path}:\n  | line 30\n" in message
-    assert "  | ValueError: two\n" in message  # the rank that failed first
-    assert "ConnectionError" not in message
-    assert f"see also {attempt.path / 'rank_00001.error.txt'}" in message
-    assert "attempt 1 left no word of its end" in message
-
-
 def ended(*before: int, run: Run, program: str) -> tuple[int, int | None]:
     """How a stage's process ends that is this program, and which attempt is its own."""
     child = subprocess.Popen([sys.executable, "-c", program, str(run.path)], env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)})
@@ -223,8 +190,8 @@ def test_only_an_attempt_of_its_own_counts_as_a_stages_failure(tmp_path: Path) -
     run = write_run(tmp_path / "text", "g", TEXT.stages[0], {})
     other = begin_attempt(run)  # of this process, which lives: another launcher's
     assert ended(run=run, program=BEGIN) == (1, None)  # refused, while the other's attempt is new
-    assert "attempt 1" not in local._failure(run, 1, None)
-    assert "it ended before it began an attempt; what it printed above says why" in local._failure(run, 1, None)
+    assert "attempt 1" not in failure_text(run, 1, None)
+    assert "ended with exit code 1 before it began an attempt; what it printed above says why" in failure_text(run, 1, None)
     other.finish("failed")
     assert ended(run=run, program=BEGIN) == (0, 2)
     assert ended(1, 2, run=run, program="pass") == (0, None)

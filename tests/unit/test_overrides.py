@@ -31,7 +31,8 @@ def test_an_ill_typed_value_names_key_value_and_type(value):
     with pytest.raises(ConfigError) as caught:
         TrainPlan(tensor=value)
     assert "tensor" in str(caught.value)
-    assert f"but got {value!r} ({type(value).__name__})" in str(caught.value)
+    given = "null" if value is None else f"{value!r} ({type(value).__name__})"
+    assert f"but got {given}" in str(caught.value)
 
 
 def test_a_word_outside_its_choices_is_refused():
@@ -76,14 +77,19 @@ def test_sources_that_cannot_be(values, message):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("stabel.plan.tensor=2", "'stages' has no 'stabel'; did you mean 'stable'"),
-        ("stable.plan.tensr=2", "'stages.stable.plan' has no key 'tensr'; did you mean 'tensor'"),
+        ("stabel.plan.tensor=2", "no stage is named 'stabel'; did you mean 'stable'"),
+        ("stable.plan.tensr=2", "override 'stable.plan.tensr=2': 'stable.plan' has no key 'tensr'; did you mean 'tensor'"),
         ("stable.plan.tensor", "write it as key.key=value"),
-        ("=3", "'stages' has no ''"),
+        ("=3", "no stage is named ''"),
+        ("steps=3", r"override 'steps=3': begin with a stage's name, as in rl_base\.steps=3"),
+        ("plan.tensor=2", r"begin with a stage's name, as in stable\.plan\.tensor=2"),
+        ("rl_long.rollouts.prompts_per_step=5", "^after the overrides rl_long.rollouts.prompts_per_step=5: rl_long: rollouts: 5 prompts"),
+        ("rl_long.rollouts=null", "rl_long: rollouts: Input should be an object, but got null$"),
+        ("rl_long.steps=0.5", "=0.5: rl_long: steps: .*but got 0.5"),
         ("stable.plan.tensor=two", "tensor: .*but got 'two'"),
         ("stable.plan.tensor=2.0", r"tensor: .*but got 2\.0"),
         ("stable.plan.tensor=3", "tensor 3 x pipeline 1"),
-        ("stable.budget.steps.more=1", "'stages.stable.budget.steps' is a plain value .50000. and has no keys"),
+        ("stable.budget.steps.more=1", "'stable.budget.steps' is a plain value .50000. and has no keys"),
         ("stable.start.stage=corpus", "starts from 'corpus', a tokenize stage, which has no checkpoints"),
         ("decay_long.start.tokens=100", "100 tokens is no step of this stage"),
         ("stable.precision=int8", "precision: .*but got 'int8'"),

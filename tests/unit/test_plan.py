@@ -222,7 +222,7 @@ def test_the_text_names_every_stage_and_sums_up():
         "3,461 GPU-hours, 54.1 hours on 64 GPUs",
         "24 checkpoints x 45.0 GB = 1.1 TB, at most 68 files each",
         "in all: 272.63B tokens, 3.0 TB of checkpoints, 4,499 GPU-hours of training, "
-        "2,000 updates of reinforcement learning, whose records take 99.7 GB at most",
+        "2,000 updates of reinforcement learning (139 GPU-hours at most; sampling is not in them), whose records take 99.7 GB at most",
     ):
         assert expected in text
     assert "unknown" in next(line for line in text.splitlines() if "numinamath_1_5" in line)

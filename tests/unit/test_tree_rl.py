@@ -138,4 +138,5 @@ def test_the_summary_tells_accuracies(tmp_path: Path) -> None:
     head, line = summary_text([run]).splitlines()[1:]
     assert head.split() == ["stage", "kind", "state", "seconds", "tokens", "final", "loss", "accuracy"]
     assert "4,000" in line
+    assert "0.5000" not in line  # the loss of GRPO, about 0 whatever is learnt
     assert line.endswith("math500 0.100 -> 0.140, gsm8k 0.250 -> 0.250")

@@ -1,0 +1,25 @@
+"""Cancels the jobs of run folders: those that wait first, so that none starts because the one before it is gone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_ext.launch.slurm import cancel, queued_jobs
+from megatron_ext.launch.tree import find_runs
+
+RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
+
+
+def cancel_command(runs: Path) -> None:
+    """Cancel the job of a run folder, or of every run folder under one. What is published stays; `launch` goes on from it."""
+    queue = queued_jobs()
+    found = {run.path: queue[run.path] for run in find_runs(runs) if run.path in queue}
+    if not found:
+        print(f"{runs}: no job of it is queued or running; see megatron-ext status {runs}")
+        return
+    in_order = sorted(found.items(), key=lambda item: (item[1].state in RUNNING, -item[1].job_id))
+    cancel([job.job_id for _, job in in_order])
+    for path, job in reversed(in_order):
+        print(f"{os.path.relpath(path)}: job {job.job_id} ({job.state.lower()}) cancelled")
+    print("Jobs that waited for these, and for nothing else, are cancelled by Slurm; the same launch submits what is missing again")

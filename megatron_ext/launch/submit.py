@@ -1,0 +1,202 @@
+"""Hands a graph to Slurm: one job a stage, each after the jobs of the stages that it reads. What is DONE or queued is left alone.
+
+Jobs requeue themselves and keep their id, so a child never loses its parent. A child of a checkpoint in the middle of a run waits for
+the whole parent at first; the parent's supervisor takes that away once the checkpoint is published. A child whose parent
+failed for good is cancelled by Slurm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_ext.config.base import Json, to_json
+from megatron_ext.config.cluster import Cluster
+from megatron_ext.config.stages import Branch, TrainStage, Weights
+from megatron_ext.errors import LaunchError
+from megatron_ext.launch.graph import Graph
+from megatron_ext.launch.joints import readable_manifest
+from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions
+from megatron_ext.launch.ready import check_ready, is_finished, make_ready
+from megatron_ext.launch.render import JOB, JOB_FOLDER, SCRIPT, Job, jobs_of, script_text
+from megatron_ext.launch.slurm import QueuedJob, queued_jobs, submit
+from megatron_ext.runs import Run, atomic_write, differences, open_run, read_json, write_json
+from megatron_ext.snapshot import code_hash, snapshot_path
+
+SUBMITTED = "submitted.json"
+LOCK = ".launching"  # in a graph's folder, while one launch submits
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What `launch` did about one stage."""
+
+    run: Run
+    job_id: int | None  # None: nothing to run
+    after: tuple[int, ...] = ()
+    is_new: bool = False
+
+
+def launch_cluster(
+    graph: Graph, runs_dir: Path, cluster: Cluster, permissions: Permissions = NO_PERMISSIONS, first: str | None = None
+) -> None:
+    """Submit every stage of `graph` that is neither DONE nor queued, or of these `first` and what comes of it; print the jobs.
+
+    Raises before anything is submitted: as `launch --local` does, and `LaunchError` where a stage reads one neither done nor queued.
+    """
+    folder = (runs_dir / graph.name).resolve()
+    jobs_of(graph, folder, cluster, snapshot_path(runs_dir, code_hash()), Path.cwd())  # what no job can be made of is refused first
+    wanted = descendants(graph, first) if first else {stage.name for stage in graph.stages}
+    check_queued(graph, runs_dir, queued_jobs())  # where Slurm does not answer, nothing is written
+    check_ready(graph, runs_dir, cluster, permissions)
+    runs, snapshot = make_ready(graph, runs_dir, cluster)
+    with _alone(folder):
+        queue = queued_jobs()
+        chosen = [run for run in runs if run.name in wanted]
+        check_parents(chosen, queue)
+        for run, job in zip(runs, jobs_of(graph, folder, cluster, snapshot, Path.cwd(), permissions.words), strict=True):
+            if run.path in queue:
+                add_joints(run, job)
+            elif run in chosen and not is_finished(run):
+                write_job(run, job)
+        for number, line in enumerate(submit_all(chosen, queue), start=1):
+            print(f"[{number}/{len(chosen)}] {_words(line)}", flush=True)
+    print(f"megatron-ext status {os.path.relpath(folder)}")
+
+
+def descendants(graph: Graph, first: str) -> set[str]:
+    """A stage and all that is made of it; `ConfigError` names the nearest stage."""
+    found = {graph.stage(first).name}
+    for parent, child, _ in graph.edges():  # in the graph's order: a parent's parents come first
+        if parent in found:
+            found.add(child)
+    return found
+
+
+def check_queued(graph: Graph, runs_dir: Path, queue: dict[Path, QueuedJob]) -> None:
+    """`LaunchError` where a queued stage is asked for with another recipe or plan: its job would run what nobody submitted.
+
+    Points that more stages start from may come; the stage's next attempt saves them.
+    """
+    for stage in graph.stages:
+        path = (runs_dir / graph.name / stage.name).resolve()
+        if path not in queue:
+            continue
+        lines = differences(_without_points(to_json(open_run(path).stage)), _without_points(to_json(stage)))
+        if lines:
+            raise LaunchError(
+                f"{path}: stage '{stage.name}' is queued as job {queue[path].job_id} with another recipe:\n  " + "\n  ".join(lines) + "\n"
+                f"Launch it as it was, or cancel it first: megatron-ext cancel {os.path.relpath(path)}. Nothing was submitted"
+            )
+
+
+def _without_points(values: Json) -> Json:
+    plan = {key: value for key, value in (values.get("plan") or {}).items() if key not in ("pin_tokens", "export_tokens")}
+    return {**values, "plan": plan}
+
+
+def write_job(run: Run, job: Job) -> None:
+    """Write a stage's script, and what its supervisor reads."""
+    folder = run.path / JOB_FOLDER
+    folder.mkdir(exist_ok=True)
+    write_json(folder / JOB, to_json(job))
+    atomic_write(folder / SCRIPT, script_text(job))
+
+
+def add_joints(run: Run, job: Job) -> None:
+    """Let the supervisor of a queued job know of stages that came to start from the middle of it; nothing else of the job changes."""
+    path = run.path / JOB_FOLDER / JOB
+    written = read_json(path, "the job of a queued stage")
+    write_json(path, {**written, "joints": to_json(job)["joints"]})
+
+
+def _joint_step(child: Run, parent: Run) -> int | None:
+    """The parent's step that a child starts from; None where that is its last."""
+    start = getattr(child.stage, "start", None)
+    if not isinstance(start, Weights | Branch) or start.tokens is None or not isinstance(parent.stage, TrainStage):
+        return None
+    step: int = parent.stage.budget.step_at(start.tokens)
+    return step if step < parent.stage.budget.steps else None
+
+
+def check_parents(runs: Sequence[Run], queue: dict[Path, QueuedJob]) -> None:
+    """`LaunchError` where a stage reads one that is not done, not queued, and not about to be submitted."""
+    coming = {run.path for run in runs} | set(queue)
+    for run in runs:
+        missing = [] if is_finished(run) or run.path in queue else [path.name for path in awaited(run) if path not in coming]
+        if missing:
+            raise LaunchError(
+                f"stage '{run.name}' reads {', '.join(missing)}, neither done nor queued, so it could never run; "
+                f"launch without --from, or with --from {missing[0]}. Nothing was submitted"
+            )
+
+
+def awaited(run: Run) -> list[Path]:
+    """The run folders whose end a stage must wait for."""
+    return [path for role, path in run.inputs.items() if not _is_ready(run, role, open_run(path))]
+
+
+def _is_ready(run: Run, role: str, parent: Run) -> bool:
+    step = _joint_step(run, parent) if role == "start" else None
+    return is_finished(parent) or (step is not None and readable_manifest(parent, step) is not None)
+
+
+def submit_all(runs: Sequence[Run], queue: dict[Path, QueuedJob]) -> Iterator[Submission]:
+    """Submit, in the graph's order, what is neither finished nor queued; each job is noted before the next is submitted."""
+    ids = {path: job.job_id for path, job in queue.items()}
+    for run in runs:
+        if run.path in queue:
+            yield Submission(run, ids[run.path])
+        elif is_finished(run):
+            yield Submission(run, None)
+        else:
+            after = tuple(sorted({ids[path] for path in awaited(run)}))
+            ids[run.path] = submit(run.path / JOB_FOLDER / SCRIPT, after)
+            write_json(run.path / JOB_FOLDER / SUBMITTED, {"job_id": ids[run.path], "after": after, "submitted_at": time.time()})
+            yield Submission(run, ids[run.path], after, is_new=True)
+
+
+def _words(line: Submission) -> str:
+    if line.job_id is None:
+        return f"{line.run.name}: done before"
+    if not line.is_new:
+        return f"{line.run.name}: job {line.job_id}, queued before"
+    return f"{line.run.name}: job {line.job_id}" + (f", after {', '.join(map(str, line.after))}" if line.after else "")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second launch of the same graph from submitting at the same moment."""
+    path = folder / LOCK
+    me = psutil.Process()
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        _refuse_beside(path)
+        path.unlink(missing_ok=True)  # whoever left it is dead
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    os.close(descriptor)
+    write_json(path, {"host": os.uname().nodename, "pid": me.pid, "process_start": me.create_time()})
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _refuse_beside(path: Path) -> None:
+    try:
+        other: dict[str, Any] = read_json(path, "who submits this graph")
+        here = other["host"] == os.uname().nodename
+        dead = here and not (psutil.pid_exists(other["pid"]) and psutil.Process(other["pid"]).create_time() == other["process_start"])
+    except (LaunchError, KeyError, psutil.Error):
+        other, dead = {}, False
+    if not dead:
+        who = f"process {other['pid']} on {other['host']}" if other else "another process"
+        raise LaunchError(f"{path}: {who} submits this graph at this moment; wait for it. Where it is known to be dead, remove that file")
