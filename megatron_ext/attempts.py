@@ -11,6 +11,9 @@ that begin at once exactly one wins. Nobody begins beside an owner that still li
 An owner that was cut off and wakes up finds a newer attempt and may neither publish nor append
 (`Attempt.check_owner`); what it has staged is taken from it (checkpoint.folder.revoke).
 There are no file locks: shared file systems do not keep them.
+
+The heart beats in a thread of its own, and goes on when the work hangs. The `pulse` is touched by the work itself
+(`pulse`), so whoever watches a stage that shows one can tell that it hangs.
 """
 
 from __future__ import annotations
@@ -26,17 +29,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from megatron_ext import interruption
 from megatron_ext.config.base import Json, to_json
-from megatron_ext.errors import RunError
+from megatron_ext.errors import Interrupted, RunError
 from megatron_ext.runs import ATTEMPTS, Run, attempt_numbers, now, read_json, write_json
 from megatron_ext.snapshot import code_hash
 
-RECORD, EXIT, HEARTBEAT = "plan.json", "exit.json", "heartbeat"
+RECORD, EXIT, HEARTBEAT, PULSE = "plan.json", "exit.json", "heartbeat", "pulse"
+INTERRUPTED = "interrupted"  # the reason of an attempt that was asked to stop, and did
 FALLBACK = "fallback.json"  # where it went back to an older checkpoint than the newest: from which, to which, and why
 TAKE_OVER = "MEGATRON_EXT_TAKE_OVER"  # set to 1: begin although the owner seems to live
 BEAT_SECONDS = 15.0
+PULSE_SECONDS = 1.0
 WAIT_SECONDS = 1.0
 LOST_SECONDS = 180.0  # an owner elsewhere that is silent for so long is taken for dead
 
@@ -63,6 +69,21 @@ class Attempt:
         """Record why the attempt ended."""
         write_json(self.path / EXIT, {"reason": reason, "at": now(), **values})
 
+    def interrupted(self, words: str, terminal: TextIO) -> None:
+        """Record and say that it was asked to stop, and did."""
+        self.finish(INTERRUPTED, words=words)
+        print(f"stopped: {words}", file=terminal, flush=True)
+
+    def is_interrupted(self) -> bool:
+        """Whether it has recorded that it was asked to stop, and did."""
+        path = self.path / EXIT
+        return path.is_file() and read_json(path, "how an attempt ended")["reason"] == INTERRUPTED
+
+    def pulse(self) -> None:
+        """Touch the pulse."""
+        with contextlib.suppress(OSError):  # as for the heartbeat
+            (self.path / PULSE).touch()
+
     def check_owner(self) -> None:
         """`RunError` where a newer attempt has taken the run folder over."""
         newest = attempt_numbers(self.path.parent.parent)[-1]
@@ -80,7 +101,7 @@ class Attempt:
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
-        """Touch the heartbeat until the end of the block."""
+        """Touch the heartbeat until the end of the block, in which `pulse` is this attempt's."""
         ended = threading.Event()
 
         def beat() -> None:
@@ -90,11 +111,28 @@ class Attempt:
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()
+        _at_work.append(self)
         try:
             yield
         finally:
+            _at_work.remove(self)
             ended.set()
             thread.join()
+
+
+_at_work: list[Attempt] = []  # those that this process speaks for, the newest last
+_pulsed_at = [-PULSE_SECONDS]
+
+
+def pulse() -> None:
+    """Show that the work goes on, where this process speaks for an attempt: at most once a second, and in the main thread alone.
+
+    For whatever gets on, and for a wait that ends by a time limit of its own.
+    """
+    seconds = time.monotonic()
+    if _at_work and seconds - _pulsed_at[0] >= PULSE_SECONDS and threading.current_thread() is threading.main_thread():
+        _pulsed_at[0] = seconds
+        _at_work[-1].pulse()
 
 
 def begin_attempt(run: Run) -> Attempt:
@@ -220,13 +258,23 @@ def _process_start(pid: int) -> int | None:
 
 @contextlib.contextmanager
 def attempting(run: Run) -> Iterator[Attempt]:
-    """An attempt whose end, good or bad, is recorded; single-process stages use it."""
+    """An attempt whose end, good or bad, is recorded; single-process stages use it.
+
+    `Interrupted` where it was asked to stop, whatever came of that: a pool whose processes got the signal too, say.
+    """
     attempt = begin_attempt(run)
     with attempt.beating():
         try:
             yield attempt
             attempt.check_owner()
         except BaseException as error:
+            if isinstance(error, Interrupted):
+                attempt.interrupted(str(error), sys.stderr)
+                raise
+            if interruption.request():
+                words = f"asked to stop ({interruption.request()}), and it ended with {type(error).__name__}: {error}"
+                attempt.interrupted(words, sys.stderr)
+                raise Interrupted(words) from error
             attempt.finish("failed", error=f"{type(error).__name__}: {error}")
             raise
     attempt.finish("done")

@@ -72,10 +72,32 @@ def free_port() -> int:
 
 def environment_ranks() -> tuple[int, int]:
     """(rank, world size) from torchrun's or Slurm's variables; (0, 1) without them."""
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if all(name in os.environ for name in ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS")):  # a job's script has no step
+        return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     return 0, 1
+
+
+def _check_reachable(plan: TrainPlan) -> None:
+    """`ConfigError` where gloo, which every plan needs, would listen where the ranks of other nodes cannot reach it.
+
+    It listens at the address of this machine's own name, and many systems give that a loopback address.
+    """
+    name, master = socket.gethostname(), os.environ.get("MASTER_ADDR", "")
+    if plan.nodes == 1 or "GLOO_SOCKET_IFNAME" in os.environ or _is_loopback(master) or not _is_loopback(name):
+        return
+    raise ConfigError(
+        f"plan: nodes {plan.nodes}, but the name of this machine, {name}, has no address that other nodes could reach (it is a loopback "
+        f"address, or none); set GLOO_SOCKET_IFNAME to the network interface between the nodes, as in environment of the cluster's slurm"
+    )
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return socket.gethostbyname(name).startswith("127.")
+    except OSError:
+        return True
 
 
 @contextmanager
@@ -91,6 +113,7 @@ def process_groups(plan: TrainPlan) -> Iterator[Groups]:
     if own:
         if size > 1 and "MASTER_ADDR" not in os.environ:
             raise ConfigError(f"{size} processes were started without MASTER_ADDR and MASTER_PORT, so they cannot meet; set both")
+        _check_reachable(plan)
         method = None if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
         timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
         dist.init_process_group(device.backend(plan.device), init_method=method, rank=rank, world_size=size, timeout=timeout)
@@ -207,6 +230,8 @@ def from_rank_0(groups: Groups, what: str, work: Callable[[], T]) -> T:
 
 def any_rank(flag: bool, groups: Groups) -> bool:
     """Whether the flag is set on any rank of the stage."""
+    if groups.plan.num_ranks == 1:
+        return flag
     box = torch.tensor([int(flag)], dtype=torch.int32, device=groups.device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return bool(box.item())

@@ -2,8 +2,10 @@
 
 Every message names what is wrong (the file or the key), why, and the way out. Each class is also
 the standard exception that a caller would expect, so `except ValueError` keeps working. Whatever
-is not in this family is a defect of ours and shows its traceback.
+is not in this family is a defect of ours and shows its traceback; `Interrupted` alone is neither.
 """
+
+EXIT_AGAIN = 75  # stopped on request, and to be started again: EX_TEMPFAIL of sysexits.h
 
 
 class MegatronExtError(Exception):
@@ -36,3 +38,17 @@ class LaunchError(MegatronExtError, RuntimeError):
 
 class TrainingError(MegatronExtError, RuntimeError):
     """Training that must stop: a loss or gradient that is not finite, an impossible setting."""
+
+
+class Interrupted(SystemExit):
+    """The work was asked to stop and has, with exit code `EXIT_AGAIN`; started again, it goes on.
+
+    Nothing is amiss, so it is not of the family, and no `except Exception` on its way holds it up.
+    """
+
+    def __init__(self, words: str) -> None:
+        super().__init__(EXIT_AGAIN)
+        self.words = words
+
+    def __str__(self) -> str:
+        return self.words

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.distributed_c10d import _get_default_store
 
+from megatron_ext.attempts import pulse
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.failures import first_failure
 from megatron_ext.checkpoint.hashing import Digests, HashingFileSystem
@@ -234,6 +235,7 @@ def _wait(store: Any, key: str) -> str:
     """A key's value, once it is there."""
     deadline, pause_seconds = time.monotonic() + TIMEOUT_SECONDS, POLL_SECONDS
     while not store.check([key]):
+        pulse()
         if time.monotonic() > deadline:
             raise CheckpointError(f"no word of {key} after {datetime.timedelta(seconds=TIMEOUT_SECONDS)}: a rank hangs or is lost")
         time.sleep(pause_seconds)

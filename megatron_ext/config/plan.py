@@ -177,5 +177,3 @@ def check_cpu(precision: Precision, plan: ParallelPlan) -> None:
         raise ConfigError(f"precision: {precision} is not available with plan.device=cpu ({why}); use fp32 or plan.device=gpu")
     if plan.context > 1:
         raise ConfigError(f"plan: context {plan.context} needs Transformer Engine and plan.device=gpu; use context=1")
-    if plan.nodes > 1:
-        raise ConfigError(f"plan: nodes {plan.nodes} with device=cpu; CPU stages run on one node")

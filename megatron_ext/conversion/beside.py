@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.interruption import leave_to_parent
+
 PARENT = "MEGATRON_EXT_EXPORT_PARENT"
 LAUNCHERS = ("TORCHELASTIC_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_")
 VERIFIED = "verified"
@@ -43,6 +45,7 @@ def _end_with_parent() -> None:
 def main() -> int:
     """Export argument 1, a checkpoint, into argument 2; 2 with a message where it cannot be."""
     _end_with_parent()
+    leave_to_parent()
     os.nice(POLITENESS)
     from megatron_ext.conversion.to_hugging_face import megatron_to_hf
     from megatron_ext.errors import MegatronExtError

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.attempts import pulse
 from megatron_ext.config.base import Json, content_hash
 from megatron_ext.errors import DataError
 from megatron_ext.runs import read_json, write_json
@@ -53,7 +54,9 @@ class IndexCache:
         if not folder.is_dir():
             if not self.may_build:
                 raise DataError(f"{folder}: no such index (of {description.get('kind')}); {self.way_out}")
+            pulse()
             self._publish(folder, description, build())
+            pulse()
         return self._open(folder, description)
 
     def _publish(self, folder: Path, description: Json, arrays: Arrays) -> None:

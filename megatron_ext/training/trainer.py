@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_ext import device
-from megatron_ext.attempts import Attempt
+from megatron_ext.attempts import Attempt, pulse
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.swap import show_hidden
 from megatron_ext.config.memory import pinned_steps
@@ -29,6 +29,7 @@ from megatron_ext.training.saving import Saver, training_manifest, travelling_fi
 from megatron_ext.training.start import Began, begin, layout_of
 from megatron_ext.training.state import Progress
 from megatron_ext.training.step import StepResult, forward, train_step
+from megatron_ext.training.stopping import asked_to_stop, begin_loop, stop
 
 
 def train(run: Run, groups: Groups, attempt: Attempt, hooks: Iterable[Hook]) -> Progress:
@@ -50,6 +51,7 @@ def _train(loop: _Loop) -> Progress:
     loop.event("start", progress)
     if progress.step == 0:
         loop.validate(progress)
+    begin_loop(loop.groups)
     batches = iter(loop.loader(progress.step))
     while progress.step < stage.budget.steps:
         started = time.perf_counter()
@@ -66,9 +68,12 @@ def _train(loop: _Loop) -> Progress:
             loop.event("skip", progress, loop.found(result, progress))
         if progress.step % stage.plan.validate_every_steps == 0 or progress.step == stage.budget.steps:
             loop.validate(progress)
-        if progress.step % stage.plan.save_every_steps == 0 or progress.step in loop.pinned:
+        stops = progress.step < stage.budget.steps and asked_to_stop(loop.groups)
+        if stops or progress.step % stage.plan.save_every_steps == 0 or progress.step in loop.pinned:
             loop.save(progress, rate)
-        loop.settle(progress, wait=not stage.plan.asynchronous_saves)
+        loop.settle(progress, wait=stops or not stage.plan.asynchronous_saves)
+        if stops:
+            stop(progress.step)
     loop.settle(progress, wait=True)
     dist.barrier()  # rank 0 keeps the store from which the others hear that the last save was published
     loop.event("end", progress)
@@ -98,6 +103,7 @@ class _Loop:
         self.recovery = Recovery(self.run, self.groups, self.attempt, self.prepared, guard_of(self.began))
 
     def event(self, name: str, progress: Progress, *arguments: Any) -> None:
+        pulse()
         context = Context(self.run, self.attempt, self.groups, self.began.state, progress, self.began.how)
         self.hooks.call(name, context, *arguments)
 
@@ -179,6 +185,7 @@ class _Loop:
             chunk.eval()
         records = []
         for heldout in self.heldouts:
+            pulse()
             batches = [place(b, self.groups) for b in heldout.batches(plan.micro_batch, plan.data_parallel, self.groups.data_rank)]
             loss, count = forward(state, batches, backward=False)
             seen = {"tokens": progress.tokens, "lineage_tokens": progress.lineage_tokens}
@@ -214,6 +221,7 @@ def _prepare_once(run: Run, groups: Groups, attempt: Attempt) -> Prepared:
         folders.revoke(run.checkpoints_path, attempt.number)
         show_hidden(run.checkpoints_path)
         prepare(run)
+        pulse()
     dist.barrier()
     return open_prepared(run)
 
