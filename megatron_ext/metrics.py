@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, each with its attempt, its kind and its step.
+"""metrics.jsonl: one JSON object a line, each with its attempt, its kind, its step and its time.
 
 Kinds (docs/metrics.md lists every name): `attempt` opens an attempt and says after which step it
 starts; `train` is one optimizer step; `validation` is one source's held-out loss; `skip` is a batch that
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, values: Record) -> None:
         """Append one record and hand it to the operating system; `OSError` where it is refused, and then nothing of it is left."""
-        record = {"attempt": self._attempt, "kind": kind, "step": step, **values}
+        record = {"attempt": self._attempt, "kind": kind, "step": step, "at": round(time.time(), 3), **values}
         line = (json.dumps(record) + "\n").encode()
         before_bytes = os.fstat(self._file.fileno()).st_size
         try:

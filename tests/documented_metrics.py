@@ -20,7 +20,7 @@ def documented() -> dict[str, set[str]]:
 
 def undocumented(records: Iterable[dict[str, Any]]) -> list[str]:
     """Where records and page differ, in either direction; empty where they agree."""
-    pages, every = documented(), {"attempt", "kind", "step"}
+    pages, every = documented(), {"attempt", "kind", "step", "at"}
     return [f"{r['kind']}: {odd}" for r in records if (odd := sorted((set(r) - every) ^ pages.get(r["kind"], {"its page"})))]
 
 

@@ -2,7 +2,8 @@
 
 The recipe against its own arithmetic and the cluster's facts here; reinforcement learning in `doctor_rl`, its
 problems in `doctor_problems`; text and tokenizers in `doctor_inputs`; models to convert in `doctor_convert`; run
-folders in `doctor_folders`; this machine in `doctor_machine`; the real objects, with --deep, in `doctor_deep`.
+folders in `doctor_folders`; this machine in `doctor_machine`; a cluster's Slurm in `doctor_cluster`; the real
+objects, with --deep, in `doctor_deep`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megatron_ext.config.memory import HEADROOM, memory, save_host_bytes
 from megatron_ext.config.plan import TrainPlan
 from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.errors import ConfigError, LaunchError, MegatronExtError
+from megatron_ext.launch.doctor_cluster import cluster_findings
 from megatron_ext.launch.doctor_convert import convert_findings
 from megatron_ext.launch.doctor_deep import rehearsed
 from megatron_ext.launch.doctor_folders import folder_findings, unfinished
@@ -51,7 +53,8 @@ def examine(graph: Graph, cluster: Cluster | None, runs: Path) -> list[Finding]:
     """Everything but --deep. What stages that are done would need is not looked at."""
     folder = runs / graph.name
     found = [*_plans(graph, cluster), *folder_findings(graph, folder), *_needs(graph, unfinished(graph, folder), cluster)]
-    return [*found, *machine_findings(graph, runs)]
+    names = [stage.name for stage in unfinished(graph, folder)]
+    return [*found, *machine_findings(graph, runs), *cluster_findings(graph, cluster, runs, names)]
 
 
 def refuse_what_would_fail(graph: Graph, cluster: Cluster | None, runs: Path) -> None:

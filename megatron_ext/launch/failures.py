@@ -34,6 +34,8 @@ def _attempt_lines(run: Run, code: int, number: int, ended: str) -> list[str]:
         return [f"{ended}, for the reason above", where]
     if values.get("reason") == "stopped":  # by an error whose message says it all; torchrun has printed a page behind it
         return [f"{ended}: {values['error']}", where]
+    if values.get("reason") == "interrupted":
+        return [f"{ended}: it was asked to stop: {values['words']}", where]
     failed = sorted(folder.glob("rank_*.error.txt"), key=lambda path: path.stat().st_mtime_ns)
     lines, first = [f"stage '{run.name}' did not finish", *_tail(log)], _tail(failed[0]) if failed else []
     lines += first if first and first[-1] not in lines else []  # rank 0's error stands in its log too

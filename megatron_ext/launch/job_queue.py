@@ -65,7 +65,7 @@ def job_state(job_id: int) -> JobState:
         state=values["JobState"],
         restart_count=int(values.get("Restarts", 0)),
         dependency="" if values.get("Dependency") == "(null)" else values.get("Dependency", ""),
-        comment=values.get("Comment", ""),
+        comment=_comment(text),
         excluded_nodes="" if values.get("ExcNodeList") == "(null)" else values.get("ExcNodeList", ""),
         submitted_at=_seconds(values.get("SubmitTime", "")),
         eligible_at=_seconds(values.get("EligibleTime", "")),
@@ -73,6 +73,12 @@ def job_state(job_id: int) -> JobState:
         ends_at=_seconds(values.get("EndTime", "")),
         preempted_at=_seconds(values.get("PreemptTime", "")),
     )
+
+
+def _comment(text: str) -> str:
+    """The only value with spaces in it that matters here: a run folder may have some."""
+    found = re.search(r" Comment=(.*?)(?= \w+=|\s*$)", text)
+    return found[1] if found else ""
 
 
 def _seconds(text: str) -> float | None:
@@ -92,8 +98,13 @@ def requeue(job_id: int) -> None:
     _ask("scontrol", "requeue", str(job_id))
 
 
-def step_ids(job_id: int) -> list[str]:
-    """Ids of a job's running srun steps, as 12.0; not the batch script's own."""
+def step_ids(job_id: int, restart_count: int) -> list[str]:
+    """Ids of the running srun steps of one start of a job, as 12.0; not the batch script's own.
+
+    None where the job was started again since: then who asks was cut off, and the steps, of the same names, are the newer start's.
+    """
+    if job_state(job_id).restart_count != restart_count:
+        return []
     listed = _ask("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i").split()
     return [name for name in listed if name.rpartition(".")[2].isdigit()]
 

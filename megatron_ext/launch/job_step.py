@@ -86,12 +86,12 @@ class Step:
     def _unheard(self, num_ranks: int) -> set[int]:
         return set(range(num_ranks)) - self.answered - self.ended
 
-    def kill(self, job_id: int) -> None:
-        """End every rank, stopped ones too, and srun. What a dead controller leaves behind, Slurm ends with the job."""
+    def kill(self, job_id: int, restart_count: int) -> None:
+        """End every rank of a job's start, stopped ones too, and srun. What a dead controller leaves behind, Slurm ends with the job."""
         if not self.running():
             return
         with contextlib.suppress(job_queue.SlurmError):
-            for step_id in job_queue.step_ids(job_id):
+            for step_id in job_queue.step_ids(job_id, restart_count):
                 job_queue.kill_step(step_id)
         self.wait(KILL_SECONDS)
         if self.running():

@@ -95,10 +95,10 @@ class Pulse:
 
 @dataclass
 class Joints:
-    """Children that wait for a checkpoint in the middle of this run."""
+    """Children that wait for a checkpoint in the middle of this run, as job.json names them: a launch may add some at any time."""
 
     job_id: int
-    joints: list[dict[str, str]]
+    job_path: Path
     looked: float = float("-inf")
     told: set[str] = field(default_factory=set)  # children of whom a failure to release stands in the log
 
@@ -108,11 +108,13 @@ class Joints:
         Every look repeats it as long as the child waits for us: two parents that change one child at the same moment can each
         undo the other's change.
         """
-        published = [joint for joint in self.joints if job_events.is_published(Path(joint["checkpoint"]))]
-        if not published or (time.monotonic() - self.looked < CHILD_SECONDS and not at_once):
+        if time.monotonic() - self.looked < CHILD_SECONDS and not at_once:
             return
         self.looked = time.monotonic()
-        for joint in published:
+        joints = json.loads(self.job_path.read_text(encoding="utf-8"))["joints"]
+        for joint in joints:
+            if not job_events.is_published(Path(joint["checkpoint"])):
+                continue
             try:
                 self._release(joint, ledger)
             except job_queue.SlurmError as problem:  # no answer, or forgotten long after its end: the next look tries again
@@ -214,13 +216,8 @@ class Watch:
             missing = step.ask_for_stacks(self.job["nodes"] * self.job["tasks_per_node"])
             if missing:
                 fault = Fault(fault.cause, f"{fault.words}; no stack came from {self._places(missing)}: stopped, dead, or cut off")
-        step.kill(self.job_id)
+        step.kill(self.ledger.start.job_id, self.ledger.start.restart_count)
         return fault
-
-    @property
-    def job_id(self) -> int:
-        """The job's."""
-        return self.ledger.start.job_id
 
     def _places(self, ranks: list[int]) -> str:
         """As `rank 5 (n1)`; of many only the first eight."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ext.config.stages import RLStage, TrainStage
+from megatron_ext.errors import LaunchError
 from megatron_ext.launch.job_events import EVENTS, Event, read_events
 from megatron_ext.launch.logs import last_line, newest_log_or_none
 from megatron_ext.launch.slurm import QueuedJob, has_slurm, queued_jobs
@@ -30,12 +31,20 @@ SHOWN = 160  # characters of a last line
 def status_command(runs: Path, watch: bool = False) -> None:
     """Print how the run folders under `runs` stand; `watch`: again and again, until none of them can change by itself any more."""
     while True:
-        queue = queued_jobs() if has_slurm() else {}
-        text = status_text(runs, queue)
+        queue, problem = _queue()
+        text = status_text(runs, queue) + problem
         print(f"{CLEAR if watch and sys.stdout.isatty() else ''}{text}", flush=True)
         if not watch or not any(run.path in queue or _runs_here(run) for run in find_runs(runs)):
             return
         time.sleep(LOOK_SECONDS)
+
+
+def _queue() -> tuple[dict[Path, QueuedJob], str]:
+    """The queue, and a line where there is a Slurm that does not answer: run folders tell enough without it."""
+    try:
+        return (queued_jobs() if has_slurm() else {}), ""
+    except LaunchError as problem:
+        return {}, f"\nwithout jobs: {str(problem).splitlines()[0]}"
 
 
 def status_text(runs_dir: Path, queue: Mapping[Path, QueuedJob]) -> str:

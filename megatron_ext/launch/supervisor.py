@@ -83,8 +83,7 @@ class Batch:
 def main(words: list[str]) -> int:
     """Supervise the job that a job.json describes; the exit code of the batch script."""
     inbox = Inbox()  # first of all: a signal before it would end this process
-    job = json.loads(Path(words[0]).read_text(encoding="utf-8"))
-    batch = open_batch(job, inbox)
+    batch = open_batch(Path(words[0]), inbox)
     try:
         ending = supervise(batch)
     except LaunchError as refusal:  # a person must mend it: another start would meet it again
@@ -92,8 +91,9 @@ def main(words: list[str]) -> int:
     return carry_out(batch, ending)
 
 
-def open_batch(job: dict[str, Any], inbox: Inbox) -> Batch:
-    """What this start of the job is, from Slurm's variables."""
+def open_batch(job_path: Path, inbox: Inbox) -> Batch:
+    """What this start of the job is, from its job.json and Slurm's variables."""
+    job = json.loads(job_path.read_text(encoding="utf-8"))
     start = job_events.Start(int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0))
     nodes, run = job_queue.node_names(os.environ["SLURM_JOB_NODELIST"]), Path(job["run"])
     return Batch(
@@ -102,7 +102,7 @@ def open_batch(job: dict[str, Any], inbox: Inbox) -> Batch:
         job_events.Ledger(run, start, nodes),
         inbox,
         Clock(start.job_id, run, float(job["save_seconds"])),
-        Joints(start.job_id, job["joints"]),
+        Joints(start.job_id, job_path),
         job_events.newest_attempt(run),
     )
 
@@ -163,7 +163,7 @@ def check_nodes(batch: Batch) -> Ending | None:
     deadline = time.monotonic() + CHECK_SECONDS
     while step.running() and not batch.inbox.asked() and time.monotonic() < deadline:
         step.wait(1.0)
-    step.kill(batch.start.job_id)
+    step.kill(batch.start.job_id, batch.start.restart_count)
     if batch.inbox.asked():
         return judge(batch, EXIT_AGAIN, None, signal.Signals(batch.inbox.signals[0]).name)
     return judge_nodes(batch, step.exit_code(), result_path, step.bad_end.node if step.bad_end else "")
@@ -277,22 +277,25 @@ def note_end(batch: Batch, ending: Ending) -> None:
 
 def put_back(batch: Batch) -> str:
     """Requeue this job, unless Slurm has done so; what to tell where Slurm will not ('': it did)."""
-    deadline = time.monotonic() + REQUEUE_SECONDS
-    while True:
+    deadline, why = time.monotonic() + REQUEUE_SECONDS, "no controller answers"
+    while time.monotonic() < deadline:
         state = batch.state()
         if state and state.restart_count != batch.start.restart_count:  # this process may be the one that was cut off
             return ""
         try:
-            await_steps(batch)
-            job_queue.requeue(batch.start.job_id)
-            return ""
+            if state:  # without an answer, a requeue could hit the start that has taken this one's place
+                await_steps(batch)
+                job_queue.requeue(batch.start.job_id)
+                return ""
         except job_queue.SlurmError as refusal:
-            if (state and batch.state()) or time.monotonic() > deadline:
-                return (
-                    f"{batch.run}: job {batch.start.job_id} cannot requeue itself ({refusal}); see whether the cluster allows it "
-                    f"(JobRequeue, scontrol requeue), and launch again: the stage goes on from its last checkpoint"
-                )
+            why = str(refusal)
+            if batch.state():
+                break
         time.sleep(RETRY_SECONDS)
+    return (
+        f"{batch.run}: job {batch.start.job_id} cannot requeue itself ({why}); see whether the cluster allows it "
+        f"(JobRequeue, scontrol requeue), and launch again: the stage goes on from its last checkpoint"
+    )
 
 
 def await_steps(batch: Batch) -> None:
@@ -301,7 +304,7 @@ def await_steps(batch: Batch) -> None:
     What ends while the controller is away tells it late, and a node that is asked meanwhile to kill it is drained as unable to.
     """
     deadline = time.monotonic() + STEPS_SECONDS
-    while job_queue.step_ids(batch.start.job_id) and time.monotonic() < deadline:
+    while job_queue.step_ids(batch.start.job_id, batch.start.restart_count) and time.monotonic() < deadline:
         time.sleep(1.0)
 
 

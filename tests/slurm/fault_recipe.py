@@ -22,6 +22,7 @@ FAULTS = (
     "node_power_loss", "slurmd_killed", "network_cut", "term", "time_limit", "requeue", "preemption", "scancel",
     "rank_killed", "rank_stopped", "full_disk", "corrupted_checkpoint", "save_killed", "controller_restart",
 )  # fmt: skip
+SLOW = ("slurmd_killed", "time_limit")
 ALONE, UNFENCED = "alone", "alone_unfenced"  # on one node, and longer than anybody waits: these go on when their node is cut off
 ENDLESS_STEPS = 1_000_000
 STEPS, SAVE_EVERY_STEPS = 60, 5
@@ -39,9 +40,11 @@ def corpus() -> Graph:
 def stages() -> Graph:
     """The corpus and, of the same training, one stage for each fault."""
     pair = _pair()
-    # Held-out losses change no weight, and after each step they take so long that the time is over before the work is.
-    slow = replace(pair, name="time_limit", plan=replace(pair.plan, validate_every_steps=1, validation_sequences=24))
-    trained = [slow if name == slow.name else replace(pair, name=name) for name in (UNDISTURBED, *FAULTS)]
+    # Losses of all that is held out, and a save, after each step: neither changes a weight, and the work lasts until Slurm
+    # has noticed what takes it half a minute to notice.
+    slow = replace(pair.plan, save_every_steps=1, validate_every_steps=1, validation_sequences=1000)
+    plans = dict.fromkeys(SLOW, slow)
+    trained = [replace(pair, name=name, plan=plans.get(name, pair.plan)) for name in (UNDISTURBED, *FAULTS)]
     return replace(corpus(), stages=(*corpus().stages, *trained, _alone(pair, ALONE), _alone(pair, UNFENCED)))
 
 
@@ -74,10 +77,3 @@ def cluster() -> Cluster:
     assert base.slurm is not None
     slurm = replace(base.slurm, exclusive=True, python=sys.executable, hang_seconds=HANG_SECONDS, max_idle_attempts=MAX_IDLE_ATTEMPTS)
     return replace(base, slurm=slurm)
-
-
-def short_time() -> Cluster:
-    """Jobs of two minutes; Slurm says so half a minute to a minute after their start."""
-    base = cluster()
-    assert base.slurm is not None
-    return replace(base, slurm=replace(base.slurm, time_limit_seconds=120, signal_seconds=60))

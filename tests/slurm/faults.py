@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -24,7 +25,6 @@ class Fault:
     name: str
     words: str  # for the table
     happen: Callable[[FaultyStage], None]  # to a stage at work; it trains again when this returns
-    cluster: str = "cluster"
     before: Callable[[FaultyStage], None] = lambda _: None  # the launch
     after: Callable[[FaultyStage], None] = lambda _: None  # the stage is done
 
@@ -43,7 +43,7 @@ def run(ground: Ground, fault: Fault, undisturbed: Callable[[], FaultyStage]) ->
     """Launch the fault's stage, let the fault happen, and see the stage to its end."""
     stage = ground.stage(fault.name)
     fault.before(stage)
-    ground.launch(fault.name, fault.cluster)
+    ground.launch(fault.name)
     stage.until_half_way()
     fault.happen(stage)
     stage.until_done()
@@ -84,10 +84,13 @@ def term(stage: FaultyStage) -> None:
 
 
 def time_limit(stage: FaultyStage) -> None:
+    """Of an hour a minute or so is left; afterwards the job has its hour again."""
+    minutes = math.ceil((time.time() - stage.events("start")[-1]["started_at"] + 50) / 60)
+    stage.slurm.output(["scontrol", "update", f"JobId={stage.job_id}", f"TimeLimit={minutes}"])
     stage.wait(lambda: "the ranks finish their step, save and stop" in stage.log, "told to stop")
     stage.strike()
+    stage.slurm.output(["scontrol", "update", f"JobId={stage.job_id}", "TimeLimit=60"])
     stage.until_again()
-    assert "USR1: the ranks finish" in stage.log, stage.log
 
 
 def requeue(stage: FaultyStage) -> None:
@@ -215,7 +218,7 @@ ALL = {
         Fault("slurmd_killed", "slurmd of the batch node killed", slurmd_killed),
         Fault("network_cut", "network of the batch node cut, and healed later", network_cut),
         Fault("term", "TERM to the job", term),
-        Fault("time_limit", "USR1 at the time limit", time_limit, cluster="short_time"),
+        Fault("time_limit", "USR1 at the time limit", time_limit),
         Fault("requeue", "`scontrol requeue`", requeue),
         Fault("preemption", "preempted by a job of another partition", preemption),
         Fault("scancel", "`scancel` of the stage, then `launch` again", scancel),

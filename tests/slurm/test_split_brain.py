@@ -110,3 +110,9 @@ def test_without_fences_it_would_be_seen(cut: dict[str, Witness]) -> None:
         return bool(witness.stale_checkpoints() and witness.stale_lines())
 
     witness.stage.wait(is_seen, "the cut attempt publishes and appends")
+
+
+def test_a_cut_supervisor_sees_no_steps_of_the_newer_start(cut: dict[str, Witness]) -> None:
+    stage = cut[ALONE].stage
+    words = f"from megatron_ext.launch.job_queue import step_ids; print(step_ids({stage.job_id}, 0), step_ids({stage.job_id}, 1))"
+    assert stage.slurm.output([sys.executable, "-c", words]) == f"[] ['{stage.job_id}.0']"

@@ -1,0 +1,129 @@
+"""A whole graph through `launch --cluster` on a real Slurm: in the graph's order, one stage over two nodes, nothing submitted twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.launch.job_events import EVENTS, read_events
+from megatron_ext.metrics import read_metrics
+from megatron_ext.provenance import read_manifest
+from megatron_ext.runs import DONE, Run, open_run
+from megatron_ext.tracker import iteration_path, published
+from tests.slurm.sandbox import Sandbox, call, until
+
+TWO_NODES = ("decay_long.plan.nodes=2", "decay_long.plan.pipeline=2")
+TWO_RANKS = ("decay_long.plan.ranks_per_node=2", "decay_long.plan.pipeline=2")
+CANARIES = {"CANARY_TOKEN": "canary-6b1f-of-the-environment", "HF_TOKEN": "canary-91ce-passed-by-name"}
+IN_FILE = "canary-27aa-of-the-file"
+
+
+def site(folder: Path, **fields: str) -> str:
+    """A cluster file for the sandbox; `fields` are Python text of Slurm's fields."""
+    path = folder / "site.py"
+    more = "".join(f", {key}={value}" for key, value in fields.items())
+    path.write_text(
+        "from dataclasses import replace\nfrom recipes import clusters\n\n\ndef here():\n    cluster = clusters.sandbox()\n"
+        f"    slurm = replace(cluster.slurm, python={sys.executable!r}, host_python={sys.executable!r}{more})\n"
+        "    return replace(cluster, slurm=slurm)\n"
+    )
+    return f"{path}:here"
+
+
+def megatron_ext(cluster: Sandbox, *words: str | Path, env: dict[str, str] | None = None) -> str:
+    """Output of a command on the head node."""
+    done = cluster.run([sys.executable, "-m", "megatron_ext", *words], env={**os.environ, **(env or {})})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def new_jobs(output: str) -> list[int]:
+    """Ids of the jobs that a launch says it submitted."""
+    lines = [line for line in output.splitlines() if line.startswith("[") and "queued before" not in line and ": job " in line]
+    return [int(line.split(": job ")[1].split(",")[0]) for line in lines]
+
+
+def data(run: Run) -> dict[str, object]:
+    """Digests of the data files of every checkpoint: weights and moments of all ranks, bit for bit."""
+    paths = [iteration_path(run.checkpoints_path, step) for step in published(run.checkpoints_path)]
+    files = {f"{path.name}/{name}": digest for path in paths for name, digest in read_manifest(path).files.items()}
+    return {name: digest for name, digest in files.items() if name.endswith(".distcp")}
+
+
+def wait_for_all(cluster: Sandbox, folder: Path, stages: list[str]) -> None:
+    """Until every stage is done; a job that is cancelled or failed ends the wait."""
+
+    def over() -> bool:
+        return all((folder / stage / DONE).is_file() for stage in stages) or not cluster.output(["squeue", "--noheader"])
+
+    until(over, lambda: megatron_ext(cluster, "status", folder), timeout_seconds=280)
+    assert all((folder / stage / DONE).is_file() for stage in stages), megatron_ext(cluster, "status", folder)
+
+
+@pytest.mark.slow
+def test_the_graph_runs_to_its_report_and_equals_a_local_run(cluster: Sandbox, shared_path: Path) -> None:
+    (secrets := shared_path / "secrets").write_text(f"WANDB_API_KEY={IN_FILE}\n")
+    secrets.chmod(0o600)
+    where = site(shared_path, secrets='("WANDB_API_KEY",)', secrets_file=repr(str(secrets)), exports='("CANARY_SEEN",)')
+    runs, local = shared_path / "runs", shared_path / "local"
+    launch = ("launch", "demo:smoke", *TWO_NODES, "--cluster", where, "--runs", runs)
+
+    first = megatron_ext(cluster, *launch, env=CANARIES)
+    stages = [line.split("] ")[1].split(":")[0] for line in first.splitlines() if line.startswith("[")]
+    assert len(new_jobs(first)) == len(stages) == 14
+    assert new_jobs(megatron_ext(cluster, *launch, env=CANARIES)) == [], "all are queued"
+    assert "waits for its parents" in megatron_ext(cluster, "status", runs)
+    wait_for_all(cluster, runs / "smoke", stages)
+    assert new_jobs(megatron_ext(cluster, *launch, env=CANARIES)) == [], "all are done"
+
+    ends = [event for event in read_events(runs / "smoke" / "decay_long" / EVENTS) if event["event"] == "end"]
+    assert [(end["decision"], len(end["nodes"])) for end in ends] == [("done", 2)]
+    found = [path for path in shared_path.rglob("*") if path.is_file() and path != secrets]
+    for canary in (*CANARIES.values(), IN_FILE):
+        assert [path for path in found if canary.encode() in path.read_bytes()] == []
+
+    call([sys.executable, "-m", "megatron_ext", "launch", "demo:smoke", *TWO_RANKS, "--local", "--runs", local], timeout_seconds=280)
+    for stage in [name for name in stages if (runs / "smoke" / name / "checkpoints").is_dir()]:
+        ours, theirs = (open_run(folder / "smoke" / stage) for folder in (runs, local))
+        assert data(ours), stage
+        assert data(ours) == data(theirs), stage
+        losses = [[one["loss"] for one in read_metrics(run.metrics_path, "rl" if "rl_" in stage else "train")] for run in (ours, theirs)]
+        assert losses[0] == losses[1], stage
+
+
+@pytest.mark.slow
+def test_a_child_of_the_middle_starts_when_its_checkpoint_is_there_and_cancel_takes_the_rest(cluster: Sandbox, shared_path: Path) -> None:
+    where, runs = site(shared_path), shared_path / "runs"
+    (shared_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom megatron_ext.config.stages import Branch\nfrom recipes import demo\n\n\n"
+        "def run():\n    graph = demo.smoke()\n    stable = graph.stage('stable')\n"
+        "    long = replace(stable, budget=replace(stable.budget, steps=4000), plan=replace(stable.plan, save_every_steps=500))\n"
+        "    early = replace(graph.stage('decay_long'), name='early', start=Branch(stage='stable', tokens=10 * 512))\n"
+        "    kept = [one for one in graph.stages if one.name in ('text', 'tokenizer', 'corpus', 'base')]\n"
+        "    return replace(graph, name='joint', stages=(*kept, long, early))\n"
+    )
+    launch = ("launch", f"{shared_path / 'mine.py'}:run", "--cluster", where, "--runs", runs)
+    assert len(new_jobs(megatron_ext(cluster, *launch))) == 6
+    folder = runs / "joint"
+    until(lambda: (folder / "early" / DONE).is_file(), lambda: megatron_ext(cluster, "status", folder), timeout_seconds=200)
+    assert not (folder / "stable" / DONE).is_file(), "the parent is still at work"
+    assert [e["child"] for e in read_events(folder / "stable" / EVENTS) if e["event"] == "released"] == [str(folder / "early")]
+    assert "running on" in megatron_ext(cluster, "status", folder)
+    assert "stable: job" in (out := megatron_ext(cluster, "cancel", folder)) or "cancelled" in out
+    until(lambda: not cluster.output(["squeue", "--noheader"]), "the queue is empty")
+    assert "step" in megatron_ext(cluster, "logs", folder / "stable")
+
+    again = megatron_ext(cluster, *launch, "--from", "stable")
+    assert len(new_jobs(again)) == 1, "of what comes of it, early is done"
+    numbers = json.loads((folder / "stable" / "job" / "submitted.json").read_text())
+    assert numbers["job_id"] == new_jobs(again)[0]
+    refused = cluster.run([sys.executable, "-m", "megatron_ext", *map(str, launch), "stable.plan.save_every_steps=7"])
+    assert refused.returncode == 2
+    assert "is queued as job" in refused.stderr
+    assert "save_every_steps: 500 -> 7" in refused.stderr
+    megatron_ext(cluster, "cancel", folder)
+    until(lambda: not cluster.output(["squeue", "--noheader"]), "the queue is empty")
