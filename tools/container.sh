@@ -109,12 +109,12 @@ leftovers() { # ROOT: caches, lists, and what was there for the build alone
         "$1"/etc/apt/sources.list "$1"/etc/pip.conf -type f -size +0 2>/dev/null | sed "s#^$1##" || true
 }
 
-settings_words() {
+settings_words() { # hosts, and folders of packages
     {
         archives
         python3.11 -m pip config list
-    } | grep -oE "(https?|file)://[^ '\"]+" | sed -E 's#^https?://([^/@]*@)?([^/:]+).*#\2#; s#^file://##' | sort -u
-    python3.11 -m pip config list | grep find-links | grep -oE "/[^ '\"]+" || true
+    } | { grep -oE "(https?|file)://[^ '\"]+|^[^=]*find-links='[^']+" || true; } |
+        sed -E "s#^https?://([^/@]*@)?([^/:]+).*#\2#; s#^file://##; s#^.*find-links='##" | sort -u
 }
 
 build() {
