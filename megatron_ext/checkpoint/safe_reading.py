@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
@@ -82,6 +83,16 @@ def _build(unpickler: Any) -> None:
     pickle._Unpickler.dispatch[pickle.BUILD[0]](unpickler)
 
 
+def _member(enumeration: Any, name: Any) -> Any:
+    """What stands for getattr in a pickle: Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) writes a member of an enumeration so."""
+    if enumeration is not _MEM_FORMAT_ENCODING or not isinstance(name, str) or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise CheckpointError(
+            f"refused: it asks for builtins.getattr of {enumeration!r}, which no checkpoint metadata does; nothing was run. "
+            f"The file was altered: do not open it with torch either"
+        )
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _MetadataUnpickler(pickle._Unpickler):
     """In Python, because the one in C lets nobody see what is given state; it takes about three times as long."""
 
@@ -92,6 +103,8 @@ class _MetadataUnpickler(pickle._Unpickler):
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in _METADATA_CLASSES.get(module, ()):
             raise CheckpointError(
                 f"{self.path}: refused: it asks for {module}.{name}, which no checkpoint metadata needs; nothing was run. "

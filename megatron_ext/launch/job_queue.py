@@ -77,7 +77,7 @@ def job_state(job_id: int) -> JobState:
 
 def _comment(text: str) -> str:
     """The only value with spaces in it that matters here: a run folder may have some."""
-    found = re.search(r" Comment=(.*?)(?= \w+=|\s*$)", text)
+    found = re.search(r" Comment=(.*?)(?=\s+\w+=|\s*$)", text)
     return found[1] if found else ""
 
 

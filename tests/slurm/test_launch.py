@@ -101,11 +101,11 @@ def test_a_child_of_the_middle_starts_when_its_checkpoint_is_there_and_cancel_ta
     (shared_path / "mine.py").write_text(
         "from dataclasses import replace\nfrom megatron_ext.config.stages import Branch\nfrom recipes import demo\n\n\n"
         "def run():\n    graph = demo.smoke()\n    stable = graph.stage('stable')\n"
-        "    long = replace(stable, budget=replace(stable.budget, steps=4000), plan=replace(stable.plan, save_every_steps=500))\n"
+        "    long = replace(stable, budget=replace(stable.budget, steps=40_000), plan=replace(stable.plan, save_every_steps=500))\n"
         "    early = replace(graph.stage('decay_long'), name='early', start=Branch(stage='stable', tokens=10 * 512))\n"
         "    kept = [one for one in graph.stages if one.name in ('text', 'tokenizer', 'base')]\n"
         "    corpus = graph.stage('corpus')\n"
-        "    corpus = replace(corpus, sources=tuple(replace(one, max_epochs=100.0) for one in corpus.sources))\n"
+        "    corpus = replace(corpus, sources=tuple(replace(one, max_epochs=1000.0) for one in corpus.sources))\n"
         "    return replace(graph, name='joint', stages=(*kept[:2], corpus, *kept[2:], long, early))\n"
     )
     launch = ("launch", f"{shared_path / 'mine.py'}:run", "--cluster", where, "--runs", runs)
