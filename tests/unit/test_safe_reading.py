@@ -57,6 +57,7 @@ def checkpoint(folder: Path, case: str) -> Path:
 def write_all(folder: Path) -> None:
     """The good checkpoint, and its altered copies; every manifest fits its files."""
     import torch
+    from torch.distributed.checkpoint import Metadata
 
     save_small(folder / "good", entry={"amax": torch.ones(2)})
     save_small(folder / "byte entry", entry=Evil(canary(folder, "byte entry")))
@@ -222,6 +223,7 @@ def test_a_checkpoint_of_another_model_is_refused(outcomes, folder):
 
 @pytest.mark.parametrize("value", [[1], "text", 3, None, OrderedDict(a=1), Path("x")])
 def test_metadata_of_another_type_is_refused(tmp_path, value):
+    from megatron_ext.checkpoint.safe_reading import read_metadata
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(value))
     with pytest.raises(CheckpointError, match=rf"\.metadata: holds a {type(value).__name__}, not checkpoint metadata"):
@@ -230,6 +232,7 @@ def test_metadata_of_another_type_is_refused(tmp_path, value):
 
 @pytest.mark.parametrize("name", ["builtins\neval", "os\nsystem", "torch\nload", "torch.serialization\nload", "pathlib\nos.system"])
 def test_other_names_are_refused(tmp_path, name):
+    from megatron_ext.checkpoint.safe_reading import read_metadata
 
     global_opcode = f"c{name}\n.".encode()
     stack_global = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in name.split("\n")) + b"\x93."
@@ -254,6 +257,8 @@ def test_a_pickle_cannot_change_what_it_is_given(tmp_path, state, attribute):
     """Classes, functions and members of an enumeration outlive the pickle: changed, they would serve whoever wrote it."""
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
+    from megatron_ext.checkpoint.safe_reading import read_metadata
+
     member = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nK\x00\x85R"
     given = {f"c{module}\n{name}\n".encode(): getattr(sys.modules[module], name) for module, name in allowed_names()}
     for asked, thing in {**given, member: _MEM_FORMAT_ENCODING(0)}.items():
@@ -277,6 +282,7 @@ class ChangedByAPickle:
 
 
 def test_missing_metadata_is_named(tmp_path):
+    from megatron_ext.checkpoint.safe_reading import read_metadata
 
     with pytest.raises(CheckpointError, match=r"\.metadata: no such file; the checkpoint is not whole"):
         read_metadata(tmp_path)
@@ -285,6 +291,8 @@ def test_missing_metadata_is_named(tmp_path):
 def test_damage_anywhere_in_metadata_is_our_error_or_harmless(outcomes, folder, tmp_path):
     """Cut anywhere, or one byte changed at random: an error of ours, or metadata still; never another exception."""
     from torch.distributed.checkpoint import Metadata
+
+    from megatron_ext.checkpoint.safe_reading import read_metadata
 
     content = (checkpoint(folder, "good") / ".metadata").read_bytes()
     rng = random.Random(0)
