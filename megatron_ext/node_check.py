@@ -122,9 +122,9 @@ def device_seconds(kind: Literal["cpu", "gpu"]) -> float:
     return time.perf_counter() - begin if kind == "gpu" else 0.0
 
 
-def matrix_seconds(kind: Literal["cpu", "gpu"]) -> float:
-    """The fastest of some matrix products; AssertionError where one is not exact."""
-    side = SIZES[kind][0]
+def matrix_seconds(kind: Literal["cpu", "gpu"], side: int = 0) -> float:
+    """The fastest of some products of square matrices of this side (0: the check's own); AssertionError where one is not exact."""
+    side = side or SIZES[kind][0]
     ones = torch.ones(side, side, device=device.current(kind), dtype=torch.float32 if kind == "cpu" else torch.bfloat16)
     best = float("inf")
     for _ in range(REPEATS):

@@ -51,7 +51,8 @@ def first_failure_text(run: Run) -> str:
         if ended["reason"] == "done":
             continue
         failed = sorted(folder.glob("rank_*.error.txt"), key=lambda path: path.stat().st_mtime_ns)
-        lines = [f"attempt {number}: {ended['reason']}" + (f": {ended['error']}" if ended.get("error") else "")]
+        why = ended.get("error") or ended.get("words")
+        lines = [f"attempt {number}: {ended['reason']}" + (f": {why}" if why else "")]
         if failed:
             lines += [f"{failed[0]}, the first of {len(failed)}:", failed[0].read_text(encoding="utf-8", errors="replace").rstrip()]
         return "\n".join([*lines, *_elsewhere(run, folder)])

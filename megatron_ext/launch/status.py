@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.errors import LaunchError
+from megatron_ext.goodput import goodput_words, interval_words
 from megatron_ext.launch.job_events import EVENTS, Event, read_events
 from megatron_ext.launch.logs import last_line, newest_log_or_none
 from megatron_ext.launch.slurm import QueuedJob, has_slurm, queued_jobs
@@ -60,7 +61,16 @@ def _graph_text(folder: Path, runs: list[Run], queue: Mapping[Path, QueuedJob]) 
     ordered = sorted(in_order(runs), key=lambda run: depth(run, by_path))
     rows = [["stage", "state", "job", "attempts", "progress", "left"], *(_row(run, queue.get(run.path)) for run in ordered)]
     ends = [line for run in ordered if run.path not in queue for line in _last_words(run)]
-    return "\n".join([f"{runs[0].graph}  ({os.path.relpath(folder)})", *(f"  {line}" for line in columns(rows)), *ends])
+    times = [line for run in ordered for line in _time_words(run)]
+    return "\n".join([f"{runs[0].graph}  ({os.path.relpath(folder)})", *(f"  {line}" for line in columns(rows)), *times, *ends])
+
+
+def _time_words(run: Run) -> list[str]:
+    """What a stage that trains made of its time, and how often it saves; nothing of the others."""
+    if not isinstance(run.stage, TrainStage | RLStage):
+        return []
+    words = [words for words in (goodput_words(run), interval_words(run)) if words]
+    return [f"{run.name}: {'; '.join(words)}"] if words and attempt_numbers(run.path) else []
 
 
 def _row(run: Run, job: QueuedJob | None) -> list[str]:

@@ -18,6 +18,7 @@ from megatron_ext.tasks.workers import GradingPool
 from megatron_ext.training.bar import TerminalBar
 from megatron_ext.training.exports import ExportHook
 from megatron_ext.training.hooks import Context, Hook, LogHook, MetricsHook, Record
+from megatron_ext.training.stragglers import StragglerHook
 from megatron_ext.training.session import attempt_session
 
 KINDS = ("rl", "rl_validation")  # of the records in metrics.jsonl
@@ -31,7 +32,7 @@ def run_rl(run: Run) -> None:
         if groups.rank == 0:
             _write_provenance(run, groups, begun)
         shown, summary = _ProgressHook(terminal), _Summary()
-        hooks = [RLMetricsHook(begun.source.pool), RLLogHook(shown.warn), ExportHook(shown.warn), shown, summary]
+        hooks = [RLMetricsHook(begun.source.pool), RLLogHook(shown.warn), ExportHook(shown.warn), StragglerHook(shown.warn), shown, summary]
         learn(run, groups, attempt, begun, hooks)
         if groups.rank == 0:
             attempt.check_owner()

@@ -12,6 +12,7 @@ from megatron_ext.training.bar import TerminalBar
 from megatron_ext.training.exports import ExportHook
 from megatron_ext.training.hooks import Context, Hook, LogHook, MetricsHook, Record
 from megatron_ext.training.session import attempt_session
+from megatron_ext.training.stragglers import StragglerHook
 from megatron_ext.training.trainer import train
 
 
@@ -23,7 +24,7 @@ def run_train(run: Run) -> None:
             _write_provenance(run, groups)
         summary = _Summary()
         shown = _ProgressHook(terminal)
-        train(run, groups, attempt, [MetricsHook(), LogHook(shown.warn), ExportHook(shown.warn), shown, summary])
+        train(run, groups, attempt, [MetricsHook(), LogHook(shown.warn), ExportHook(shown.warn), StragglerHook(shown.warn), shown, summary])
         if groups.rank == 0:
             attempt.check_owner()
             seconds = round(time.perf_counter() - started, 2)
