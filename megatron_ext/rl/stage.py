@@ -18,8 +18,8 @@ from megatron_ext.tasks.workers import GradingPool
 from megatron_ext.training.bar import TerminalBar
 from megatron_ext.training.exports import ExportHook
 from megatron_ext.training.hooks import Context, Hook, LogHook, MetricsHook, Record
-from megatron_ext.training.stragglers import StragglerHook
 from megatron_ext.training.session import attempt_session
+from megatron_ext.training.stragglers import StragglerHook
 
 KINDS = ("rl", "rl_validation")  # of the records in metrics.jsonl
 
