@@ -25,6 +25,7 @@ def megatron_ext(folder: Path, *words: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # thirty commands, beside other tests
 def test_readmes_recipe_runs_whole(tmp_path: Path) -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)

@@ -104,7 +104,7 @@ def test_a_daemon_dies_and_its_job_lives(cluster: Sandbox, shared_path: Path) ->
 
 
 def test_a_second_cluster_beside_the_first(cluster: Sandbox, slurm_root: Path) -> None:
-    other = Sandbox.up(slurm_root / "other", 1, ["--gpus", "2", "--cpus", "3", "--set", "KillWait=7", "--set", "GraceTime=4"])
+    other = Sandbox.up(slurm_root / "second", 1, ["--gpus", "2", "--cpus", "3", "--set", "KillWait=7", "--set", "GraceTime=4"])
     try:
         assert other.output(["srun", "--gpus-per-node=2", "printenv", "CUDA_VISIBLE_DEVICES"]) == "0,1"
         assert other.output(["sinfo", "--noheader", "--partition=main", "--format=%c"]) == "3"
