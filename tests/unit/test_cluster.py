@@ -106,7 +106,7 @@ def test_the_pages_own_cluster_works() -> None:
     for text in re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
         exec(text, names)
     early = names["early"]()  # the page's branch of its own: a point of the stable stage, pinned there
-    assert early.stage("decay_long_early").start.tokens == 130 * 2**30
+    assert early.stage("decay_long_early").start.tokens == 33_280 * 4_194_304
     found = names["ours"]()
     assert isinstance(found, Cluster)
     assert (found.name, found.slurm.account, found.slurm.container.runtime) == ("ours", "project_42", "pyxis")
