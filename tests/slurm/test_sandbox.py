@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.linters import linter
 from tests.slurm.sandbox import SCRIPT, Sandbox, call, until
 
 pytestmark = pytest.mark.slow
@@ -181,5 +182,5 @@ def test_what_is_missing_is_named(slurm_root: Path) -> None:
 
 
 def test_the_script_is_clean() -> None:
-    done = call(["shellcheck", SCRIPT])
+    done = call([linter("shellcheck"), SCRIPT])
     assert done.returncode == 0, done.stdout

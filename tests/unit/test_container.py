@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from megatron_ext.launch.load import load_cluster
+from tests.linters import linter
 from tools.lock_cuda import CPU_LOCK, CUDA_MAJOR, LOCK, OVERRULED, PYTHON, SOURCE_NEEDS, VLLM_LOCK, locked, normal, requirements
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,12 +31,6 @@ def pins(specs: list[str]) -> dict[str, str]:
 
 def disagreements(lock: dict[str, str], wanted: dict[str, str]) -> dict[str, tuple[str, str | None]]:
     return {name: (version, lock.get(name)) for name, version in wanted.items() if lock.get(name) != version}
-
-
-def linter(name: str) -> str:
-    found = shutil.which(name, path=str(Path(sys.executable).parent))
-    assert found, f"{name} is one of the development tools: make .venv"
-    return found
 
 
 def test_the_image_holds_the_versions_of_pyproject_and_the_tested_vllm():

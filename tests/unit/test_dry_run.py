@@ -15,6 +15,7 @@ from megatron_ext.launch.plan import plan_text
 from megatron_ext.launch.render import jobs_of, script_text
 from megatron_ext.snapshot import code_hash, snapshot_path
 from recipes import clusters, octothinker
+from tests.linters import linter
 
 GRAPH = octothinker.llama_8b()
 
@@ -49,7 +50,7 @@ def test_the_scripts_are_clean(tmp_path: Path) -> None:
         paths.append(tmp_path / f"{number}.sbatch")
         paths[-1].write_text(text)
     assert len(paths) == len(GRAPH.stages)
-    done = subprocess.run(["shellcheck", "--shell=bash", *paths], capture_output=True, text=True, check=False)
+    done = subprocess.run([linter("shellcheck"), "--shell=bash", *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 

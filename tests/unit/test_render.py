@@ -23,6 +23,7 @@ from megatron_ext.launch import render
 from megatron_ext.launch.containers import all_mounts
 from megatron_ext.launch.render import Job, directive_word, job_of, script_text, time_words
 from recipes import clusters, demo, octothinker
+from tests.linters import linter
 from tests.rendered_jobs import DIRECTORY, GOLDEN, RUNS, SNAPSHOT, job, jobs, ours, texts
 
 JOBS = jobs()
@@ -63,7 +64,7 @@ def test_no_golden_file_is_left_over() -> None:
 @pytest.mark.parametrize("name", JOBS)
 def test_a_script_is_clean(name: str) -> None:
     path = GOLDEN / f"{name}.sbatch"
-    for command in (["bash", "-n", path], ["shellcheck", "--shell=bash", "--enable=all", "--severity=info", path]):
+    for command in (["bash", "-n", path], [linter("shellcheck"), "--shell=bash", "--enable=all", "--severity=info", path]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -71,7 +72,7 @@ def test_a_script_is_clean(name: str) -> None:
 @pytest.mark.parametrize("fault", ["echo $HOME/*.log", "cd $job", "if true; then"])
 def test_a_script_that_is_not_clean_is_caught(fault: str) -> None:
     text = script_text(replace(JOBS["pyxis"], setup=(fault,)))
-    done = subprocess.run(["shellcheck", "--shell=bash", "-"], input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run([linter("shellcheck"), "--shell=bash", "-"], input=text, capture_output=True, text=True, check=False)
     assert done.returncode != 0
 
 
