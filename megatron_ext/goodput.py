@@ -143,9 +143,9 @@ def interval(run: Run, found: Goodput) -> Interval | None:
     )
 
 
-def goodput_words(run: Run) -> str:
+def goodput_words(found: Goodput) -> str:
     """'goodput 93.1 %: 2.1 % recomputed, 3.0 % starting, 1.2 % saving; queued 12 min'; '' before anything began."""
-    seconds = goodput(run).seconds
+    seconds = found.seconds
     if seconds.goodput is None:
         return ""
     shares = {part: getattr(seconds, part) / seconds.held for part in ("recomputed", "starting", "saving", "idle")}
@@ -154,9 +154,8 @@ def goodput_words(run: Run) -> str:
     return f"goodput {100 * seconds.goodput:.1f} %{': ' if rest else ''}{rest}{queued}"
 
 
-def interval_words(run: Run) -> str:
+def interval_words(found: Interval | None) -> str:
     """'saves every 500 steps (42 min); 5 failures, one in 5.1 h, suggest every 312 (26 min)'; '' of a stage that has no such interval."""
-    found = interval(run, goodput(run))
     if found is None:
         return ""
     planned = f" ({_span(found.planned_seconds)})" if found.planned_seconds else ""

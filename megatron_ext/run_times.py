@@ -6,7 +6,6 @@ Times are unix seconds in whole ticks.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from megatron_ext.attempts import EXIT, HEARTBEAT, PULSE, RECORD
 from megatron_ext.config.base import Json
+from megatron_ext.json_lines import read_json_lines
 from megatron_ext.metrics import STARTS, Record
 from megatron_ext.runs import ATTEMPTS, METRICS, attempt_numbers, read_json
 
@@ -82,7 +82,7 @@ def ticks(seconds: float) -> float:
 
 def run_periods(run_path: Path) -> list[Period]:
     """Every start of a run, in order; of two that overlap, as after a network cut, the newer one has the time."""
-    starts = _starts(_json_lines(run_path / EVENTS), _attempts(run_path, _json_lines(run_path / METRICS)))
+    starts = _starts(read_json_lines(run_path / EVENTS), _attempts(run_path, read_json_lines(run_path / METRICS)))
     return in_order(starts)
 
 
@@ -115,21 +115,6 @@ def _ended(start: Start, after: Start | None) -> float:
 
 def _same_job(one: Start, other: Start) -> bool:
     return one.is_job and one.key[0] == other.key[0]
-
-
-def _json_lines(path: Path) -> list[Json]:
-    """The objects in a file of lines; a line that a kill cut short is left out. No file: none."""
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_bytes().splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict):
-            found.append(values)
-    return found
 
 
 def _attempts(run_path: Path, records: list[Record]) -> list[TimedAttempt]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.checkpoint.verify import verify
 from megatron_ext.config.base import content_hash
 from megatron_ext.provenance import Manifest, file_sha256, read_manifest, write_manifest
 
@@ -66,3 +67,8 @@ def sign_again(checkpoint: Path) -> None:
     old = read_manifest(checkpoint)
     files = {name: ((checkpoint / name).stat().st_size, file_sha256(checkpoint / name)) for name in old.files}
     write_manifest(checkpoint, manifest(old.iteration, files=files))
+
+
+def data_digests(checkpoint: Path) -> dict[str, str]:
+    """Digests of a checkpoint's data files, read from the disk: weights and moments of all ranks, bit for bit."""
+    return {name: digest for name, digest in verify(checkpoint).files.items() if name.endswith(".distcp")}

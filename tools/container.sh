@@ -105,8 +105,8 @@ leaks() { # ROOT: files that name a host or a folder of this machine's settings;
 }
 
 leftovers() { # ROOT: caches, lists, and what was there for the build alone
-    find "$1"/wheels "$1"/run/secrets "$1"/tmp "$1"/root/.cache "$1"/home/trainer/.cache "$1"/var/cache/apt "$1"/var/lib/apt/lists \
-        "$1"/etc/apt/sources.list "$1"/etc/pip.conf -type f -size +0 2>/dev/null | sed "s#^$1##" || true
+    local places=(wheels run/secrets tmp root/.cache home/trainer/.cache var/cache/apt var/lib/apt/lists etc/apt/sources.list etc/pip.conf)
+    (cd "$1" && find "${places[@]}" -type f -size +0 2>/dev/null | sed 's#^#/#') || true
 }
 
 settings_words() { # hosts, and folders of packages

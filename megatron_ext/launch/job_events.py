@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.json_lines import read_json_lines
+
 Event = dict[str, Any]
+COMMENT = "megatron_ext:"  # of every job, and the run folder: how one is known, whoever submitted it
 EVENTS, CHECK = Path("job") / "events.jsonl", Path("job") / "node_check.json"  # in a run folder
 PREEMPTED = "preempted"  # reason of an end that says nothing about the stage: Slurm, or a person, wanted the nodes
 _ITERATION = re.compile(r"iter_(\d{7,})")
@@ -52,7 +55,7 @@ class Ledger:
 
     def events(self) -> list[Event]:
         """Every event of the run so far, of all its jobs."""
-        return read_events(self.path)
+        return read_json_lines(self.path)
 
 
 def say(text: str) -> None:
@@ -64,23 +67,6 @@ def say(text: str) -> None:
 def _ends_whole(file: Any) -> bool:
     file.seek(-1, os.SEEK_END)
     return bool(file.read(1) == b"\n")
-
-
-def read_events(path: Path) -> list[Event]:
-    """Events of a ledger in the order written; a line that was cut short is left out. No file: none."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            found.append(event)
-    return found
 
 
 def lost_starts(events: list[Event], now: Start) -> list[Event]:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.launch import job_events, job_queue
-from megatron_ext.launch.job_events import say
+from megatron_ext.launch.job_events import COMMENT, say
 from megatron_ext.launch.job_step import Step
 
-COMMENT = "megatron_ext:"  # and the run folder: a job of ours. An id in a file may be another cluster's, or years old
 LOOK_SECONDS = 1.0
 CHILD_SECONDS = 10.0  # between looks at a child's dependency: each asks the controller
 CLOCK_SECONDS = 60.0  # between looks at the job's own end, which a person may have moved
@@ -125,6 +124,7 @@ class Joints:
     def _release(self, joint: dict[str, str], ledger: job_events.Ledger) -> None:
         child = _submitted(Path(joint["child"]))
         state = job_queue.job_state(child) if child else None
+        # An id in a file may be another cluster's, or years old: only a job with the run's own comment is the child's.
         if state is None or state.comment != f"{COMMENT}{joint['child']}" or not job_queue.release(state, child, self.job_id):
             return
         ledger.append("released", child=joint["child"], child_job_id=child, checkpoint=joint["checkpoint"])

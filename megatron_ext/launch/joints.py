@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.config.schedule import learning_rate
 from megatron_ext.config.stages import Branch, RLStage, TrainStage, Weights
@@ -53,6 +54,15 @@ def joint_of(run: Run, manifest: Manifest | None) -> Joint | None:
     elif isinstance(parent, RLStage):
         before = parent.learning_rate
     return Joint(start.kind, start.stage, folder, start.tokens is None, tokens, before, after)
+
+
+def joint_step(child: Any, parent: Any) -> int | None:
+    """The step of a training stage, short of its last, that another stage of its graph starts from; None where there is none such."""
+    start = getattr(child, "start", None)
+    if not isinstance(start, Weights | Branch) or start.stage != parent.name or start.tokens is None or not isinstance(parent, TrainStage):
+        return None
+    step = parent.budget.step_at(start.tokens)
+    return step if step < parent.budget.steps else None
 
 
 def first_rate(stage: TrainStage | RLStage) -> float:

@@ -17,10 +17,12 @@ from megatron_ext.config.cluster import UNPRINTABLE, Cluster, Slurm
 from megatron_ext.config.memory import checkpoint_bytes
 from megatron_ext.config.plan import ParallelPlan
 from megatron_ext.config.rl_plan import RLPlan
-from megatron_ext.config.stages import Branch, RLStage, TrainStage, Weights
+from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.errors import ConfigError, LaunchError
 from megatron_ext.launch.containers import wrapping
 from megatron_ext.launch.graph import Graph
+from megatron_ext.launch.job_events import COMMENT
+from megatron_ext.launch.joints import joint_step
 from megatron_ext.launch.plan_rl import check_gpus
 from megatron_ext.launch.ranks import thread_environment
 from megatron_ext.runs import CHECKPOINTS
@@ -29,7 +31,6 @@ from megatron_ext.tracker import iteration_path
 
 TEMPLATE = PACKAGE.parent / "slurm" / "stage.sbatch"
 JOB_FOLDER, JOB, SCRIPT, LOG = "job", "job.json", "stage.sbatch", "slurm-%j.log"  # in a run folder; %j is Slurm's for the job's id
-COMMENT = "megatron_ext:"  # and the run folder: how a job is known in the queue
 PASSED = ("HOME", "USER", "PATH", "LANG")  # from who submits, besides what the cluster names
 SHARED_OUT = 0.9  # of a node's memory among jobs that share it; the rest is the system's
 HOLE = re.compile(r"\{\{(\w+)\}\}")
@@ -164,16 +165,12 @@ def jobs_of(graph: Graph, folder: Path, cluster: Cluster, snapshot: Path, direct
 
 def joints_of(graph: Graph, stage: Any, folder: Path) -> list[JobJoint]:
     """Which stages start from a checkpoint in the middle of `stage`, so that they need not wait for its end."""
-    if not isinstance(stage, TrainStage):
-        return []
-    children = [child for child in graph.stages if isinstance(child, TrainStage | RLStage)]
-    starts = [(child.name, child.start) for child in children if isinstance(child.start, Weights | Branch)]
-    steps = {name: stage.budget.step_at(start.tokens) for name, start in starts if start.stage == stage.name and start.tokens}
+    steps = {child.name: joint_step(child, stage) for child in graph.stages}
     checkpoints = folder / stage.name / CHECKPOINTS
     return [
         JobJoint(checkpoint=str(iteration_path(checkpoints, step)), child=str(folder / name))
         for name, step in steps.items()
-        if step < stage.budget.steps
+        if step is not None
     ]
 
 

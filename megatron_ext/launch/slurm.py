@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.errors import LaunchError
+from megatron_ext.launch.job_events import COMMENT
 
-COMMENT = "megatron_ext:"
 LIMIT_SECONDS = 60  # for one command; a controller that is restarting answers within seconds
 _FIELDS = {"job_id": "%A", "state": "%T", "reason": "%r", "began": "%S", "ends": "%e", "nodes": "%N", "comment": "%k"}
 # What `sbatch` would take from the environment of who submits, before the script's own words.

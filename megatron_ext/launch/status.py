@@ -14,8 +14,9 @@ from pathlib import Path
 
 from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.errors import LaunchError
-from megatron_ext.goodput import goodput_words, interval_words
-from megatron_ext.launch.job_events import EVENTS, Event, read_events
+from megatron_ext.goodput import goodput, goodput_words, interval, interval_words
+from megatron_ext.json_lines import read_json_lines
+from megatron_ext.launch.job_events import EVENTS, Event
 from megatron_ext.launch.logs import last_line, newest_log_or_none
 from megatron_ext.launch.slurm import QueuedJob, has_slurm, queued_jobs
 from megatron_ext.launch.tree import columns, depth, find_runs, in_order, progress, state
@@ -69,8 +70,10 @@ def _time_words(run: Run) -> list[str]:
     """What a stage that trains made of its time, and how often it saves; nothing of the others."""
     if not isinstance(run.stage, TrainStage | RLStage):
         return []
-    words = [words for words in (goodput_words(run), interval_words(run)) if words]
-    return [f"{run.name}: {'; '.join(words)}"] if words and attempt_numbers(run.path) else []
+    if not attempt_numbers(run.path):
+        return []
+    found = goodput(run)
+    return [f"{run.name}: " + "; ".join(words for words in (goodput_words(found), interval_words(interval(run, found))) if words)]
 
 
 def _row(run: Run, job: QueuedJob | None) -> list[str]:
@@ -130,7 +133,7 @@ def _runs_here(run: Run) -> bool:
 
 
 def _newest_end(run: Run) -> Event | None:
-    ends = [event for event in read_events(run.path / EVENTS) if event["event"] == "end"]
+    ends = [event for event in read_json_lines(run.path / EVENTS) if event["event"] == "end"]
     return ends[-1] if ends else None
 
 

@@ -19,10 +19,9 @@ import psutil
 
 from megatron_ext.config.base import Json, to_json
 from megatron_ext.config.cluster import Cluster
-from megatron_ext.config.stages import Branch, TrainStage, Weights
 from megatron_ext.errors import LaunchError
 from megatron_ext.launch.graph import Graph
-from megatron_ext.launch.joints import readable_manifest
+from megatron_ext.launch.joints import joint_step, readable_manifest
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions
 from megatron_ext.launch.ready import check_ready, is_finished, make_ready
 from megatron_ext.launch.render import JOB, JOB_FOLDER, SCRIPT, Job, jobs_of, script_text
@@ -117,15 +116,6 @@ def add_joints(run: Run, job: Job) -> None:
     write_json(path, {**written, "joints": to_json(job)["joints"]})
 
 
-def _joint_step(child: Run, parent: Run) -> int | None:
-    """The parent's step that a child starts from; None where that is its last."""
-    start = getattr(child.stage, "start", None)
-    if not isinstance(start, Weights | Branch) or start.tokens is None or not isinstance(parent.stage, TrainStage):
-        return None
-    step: int = parent.stage.budget.step_at(start.tokens)
-    return step if step < parent.stage.budget.steps else None
-
-
 def check_parents(runs: Sequence[Run], queue: dict[Path, QueuedJob]) -> None:
     """`LaunchError` where a stage reads one that is not done, not queued, and not about to be submitted."""
     coming = {run.path for run in runs} | set(queue)
@@ -144,7 +134,7 @@ def awaited(run: Run) -> list[Path]:
 
 
 def _is_ready(run: Run, role: str, parent: Run) -> bool:
-    step = _joint_step(run, parent) if role == "start" else None
+    step = joint_step(run.stage, parent.stage) if role == "start" else None
     return is_finished(parent) or (step is not None and readable_manifest(parent, step) is not None)
 
 

@@ -15,6 +15,7 @@ import pytest
 from megatron_ext.checkpoint import folder as folders
 from megatron_ext.checkpoint.verify import verify
 from tests import layouts, ranks, training_runs
+from tests.small_checkpoints import data_digests
 from tests.small_corpus import train_run, write_corpus
 
 KILLS, STEPS = 20, 30
@@ -87,12 +88,8 @@ def test_twenty_kills_lose_nothing(corpus, beside):
     assert resumed["start"]["progress"].step == (last or 0)
     assert resumed["steps"] == straight["steps"][last or 0 :]
     assert resumed["digests"] == straight["digests"]
-    assert data_digests(run) == data_digests(whole)
+    assert data_digests(folders.iteration_path(run.checkpoints_path, STEPS)) == data_digests(
+        folders.iteration_path(whole.checkpoints_path, STEPS)
+    )
     # Who dies while it writes down that it begins leaves no attempt.
     assert KILLS * 3 // 4 < len([path for path in (run.path / "attempts").iterdir() if path.name.isdigit()]) <= KILLS + 1
-
-
-def data_digests(run: Any) -> dict[str, Any]:
-    """Digests of the data files of the last checkpoint: weights and moments, bit for bit."""
-    files = verify(folders.iteration_path(run.checkpoints_path, STEPS)).files
-    return {name: digest for name, digest in files.items() if name.endswith(".distcp")}

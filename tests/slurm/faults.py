@@ -53,28 +53,25 @@ def run(ground: Ground, fault: Fault, undisturbed: Callable[[], FaultyStage]) ->
 
 
 def node_power_loss(stage: FaultyStage) -> None:
-    node = stage.nodes[0]
-    stage.strike()
-    stage.slurm.crash(node)
-    stage.until_again()
-    stage.slurm.boot(node)
+    _batch_node(stage, stage.slurm.crash, stage.slurm.boot)
 
 
 def slurmd_killed(stage: FaultyStage) -> None:
     """Slurm takes the node for dead, and what runs on it goes on."""
-    node = stage.nodes[0]
-    stage.strike()
-    stage.slurm.kill_slurmd(node)
-    stage.until_again()
-    stage.slurm.start_slurmd(node)
+    _batch_node(stage, stage.slurm.kill_slurmd, stage.slurm.start_slurmd)
 
 
 def network_cut(stage: FaultyStage) -> None:
+    _batch_node(stage, stage.slurm.cut, stage.slurm.heal)
+
+
+def _batch_node(stage: FaultyStage, harm: Callable[[str], None], mend: Callable[[str], None]) -> None:
+    """Harm the node of the batch script; mend it when the stage is at work elsewhere."""
     node = stage.nodes[0]
     stage.strike()
-    stage.slurm.cut(node)
+    harm(node)
     stage.until_again()
-    stage.slurm.heal(node)
+    mend(node)
 
 
 def term(stage: FaultyStage) -> None:

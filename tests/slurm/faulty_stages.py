@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.checkpoint.verify import verify
-from megatron_ext.launch.job_events import EVENTS, newest_attempt, newest_iteration, read_events
+from megatron_ext.json_lines import read_json_lines
+from megatron_ext.launch.job_events import EVENTS, newest_attempt, newest_iteration
 from megatron_ext.metrics import read_metrics
 from megatron_ext.tracker import iteration_path
 from tests.slurm import fault_recipe
 from tests.slurm.sandbox import REPOSITORY, Job, Sandbox, call, until
+from tests.small_checkpoints import data_digests
 
 RECIPE = Path(fault_recipe.__file__)
 PATIENCE_SECONDS = 240.0  # for what takes half a minute where nobody else works
@@ -89,7 +90,7 @@ class FaultyStage:
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The supervisors' ledger."""
-        return [event for event in read_events(self.path / EVENTS) if kind in (None, event["event"])]
+        return [event for event in read_json_lines(self.path / EVENTS) if kind in (None, event["event"])]
 
     @property
     def nodes(self) -> list[str]:
@@ -164,8 +165,7 @@ class FaultyStage:
         """Digests of the last checkpoint's data, read from the disk: weights and moments of all ranks."""
         step = newest_iteration(self.path)
         assert step == fault_recipe.STEPS, step
-        files = verify(iteration_path(self.checkpoints, step)).files
-        return {name: digest for name, digest in files.items() if name.endswith(".distcp")}
+        return data_digests(iteration_path(self.checkpoints, step))
 
     def losses(self) -> list[tuple[int, float]]:
         """Each step's number and loss, as readers of the metrics see them."""

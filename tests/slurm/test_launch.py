@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.launch.job_events import EVENTS, read_events
+from megatron_ext.json_lines import read_json_lines
+from megatron_ext.launch.job_events import EVENTS
 from megatron_ext.metrics import read_metrics
-from megatron_ext.provenance import read_manifest
 from megatron_ext.runs import DONE, Run, open_run
 from megatron_ext.tracker import iteration_path, published
 from tests.slurm.sandbox import Sandbox, call, until
+from tests.small_checkpoints import data_digests
 
 TWO_NODES = ("decay_long.plan.nodes=2", "decay_long.plan.pipeline=2")
 TWO_RANKS = ("decay_long.plan.ranks_per_node=2", "decay_long.plan.pipeline=2")
@@ -47,11 +48,9 @@ def new_jobs(output: str) -> list[int]:
     return [int(line.split(": job ")[1].split(",")[0]) for line in lines]
 
 
-def data(run: Run) -> dict[str, object]:
-    """Digests of the data files of every checkpoint: weights and moments of all ranks, bit for bit."""
-    paths = [iteration_path(run.checkpoints_path, step) for step in published(run.checkpoints_path)]
-    files = {f"{path.name}/{name}": digest for path in paths for name, digest in read_manifest(path).files.items()}
-    return {name: digest for name, digest in files.items() if name.endswith(".distcp")}
+def data(run: Run) -> list[dict[str, str]]:
+    """Digests of the data files of every checkpoint of a run."""
+    return [data_digests(iteration_path(run.checkpoints_path, step)) for step in published(run.checkpoints_path)]
 
 
 def wait_for_all(cluster: Sandbox, folder: Path, stages: list[str]) -> None:
@@ -80,7 +79,7 @@ def test_the_graph_runs_to_its_report_and_equals_a_local_run(cluster: Sandbox, s
     wait_for_all(cluster, runs / "smoke", stages)
     assert new_jobs(megatron_ext(cluster, *launch, env=CANARIES)) == [], "all are done"
 
-    ends = [event for event in read_events(runs / "smoke" / "decay_long" / EVENTS) if event["event"] == "end"]
+    ends = [event for event in read_json_lines(runs / "smoke" / "decay_long" / EVENTS) if event["event"] == "end"]
     assert [(end["decision"], len(end["nodes"])) for end in ends] == [("done", 2)]
     found = [path for path in shared_path.rglob("*") if path.is_file() and path != secrets]
     for canary in (*CANARIES.values(), IN_FILE):
@@ -113,7 +112,7 @@ def test_a_child_of_the_middle_starts_when_its_checkpoint_is_there_and_cancel_ta
     folder = runs / "joint"
     until(lambda: (folder / "early" / DONE).is_file(), lambda: megatron_ext(cluster, "status", folder), timeout_seconds=200)
     assert not (folder / "stable" / DONE).is_file(), "the parent is still at work"
-    assert [e["child"] for e in read_events(folder / "stable" / EVENTS) if e["event"] == "released"] == [str(folder / "early")]
+    assert [e["child"] for e in read_json_lines(folder / "stable" / EVENTS) if e["event"] == "released"] == [str(folder / "early")]
     assert "running on" in megatron_ext(cluster, "status", folder)
     assert "stable: job" in (out := megatron_ext(cluster, "cancel", folder)) or "cancelled" in out
     until(lambda: not cluster.output(["squeue", "--noheader"]), "the queue is empty")

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_ext.config.base import to_json
 from megatron_ext.config.cluster import Cluster
-from megatron_ext.launch.job_events import read_events
+from megatron_ext.json_lines import read_json_lines
 from megatron_ext.launch.job_step import srun_command
 from megatron_ext.launch.render import JOB, JOB_FOLDER, SCRIPT, Job, script_text
 from megatron_ext.runs import write_json
@@ -147,6 +147,6 @@ def test_the_supervisor_is_the_snapshots_whatever_lies_in_the_present_folder(clu
     cluster.wait_for(job_id, {"COMPLETED", "FAILED"})
     log = (script.parent / f"slurm-{job_id}.log").read_text()
     assert cluster.job(job_id).state == "COMPLETED", log
-    assert [event["event"] for event in read_events(script.parent / "events.jsonl")] == ["start", "ranks", "end"]
+    assert [event["event"] for event in read_json_lines(script.parent / "events.jsonl")] == ["start", "ranks", "end"]
     by_module = cluster.run([sys.executable, "-m", "megatron_ext.launch.supervisor", script], cwd=shared_path)
     assert "stood before the snapshot" in by_module.stderr  # what -I is for

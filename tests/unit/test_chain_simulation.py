@@ -105,9 +105,9 @@ def test_the_save_interval_follows_the_failures_that_were_simulated(life: Life) 
     assert measured.suggested_seconds == pytest.approx(truth, rel=0.25)  # some 40 failures; the interval goes with their root
     assert measured.suggested_steps == round(measured.suggested_seconds / measured.step_seconds)
     assert (measured.planned_steps, measured.planned_seconds) == (500, pytest.approx(500 * STEP, rel=0.02))
-    assert interval_words(life.run).startswith("saves every 500 steps (50 min); ")
-    assert f"suggest every {measured.suggested_steps} (" in interval_words(life.run)
-    assert goodput_words(life.run).startswith("goodput ")
+    assert interval_words(interval(life.run, goodput(life.run))).startswith("saves every 500 steps (50 min); ")
+    assert f"suggest every {measured.suggested_steps} (" in interval_words(interval(life.run, goodput(life.run)))
+    assert goodput_words(goodput(life.run)).startswith("goodput ")
 
 
 def drop_start(events: Lines, _: Lines) -> None:

@@ -127,7 +127,10 @@ def parts(run: Run) -> dict[str, float]:
 
 def test_nothing_has_begun(run: Run) -> None:
     assert goodput(run) == Goodput()
-    assert (goodput_words(run), interval_words(run)) == ("", "saves every 10 steps; no failure yet to suggest another interval")
+    assert (goodput_words(goodput(run)), interval_words(interval(run, goodput(run)))) == (
+        "",
+        "saves every 10 steps; no failure yet to suggest another interval",
+    )
 
 
 def test_a_run_of_one_attempt_without_a_job(run: Run) -> None:
@@ -137,7 +140,7 @@ def test_a_run_of_one_attempt_without_a_job(run: Run) -> None:
     found = goodput(run)
     assert found.node_seconds == found.seconds.of_nodes(4)
     assert (found.starts, found.job_starts, found.failures, found.steps, found.saves) == (1, 0, 0, 10, 1)
-    assert goodput_words(run) == "goodput 50.0 %: 33.3 % starting, 6.7 % saving, 10.0 % idle"
+    assert goodput_words(goodput(run)) == "goodput 50.0 %: 33.3 % starting, 6.7 % saving, 10.0 % idle"
 
 
 def test_a_job_that_is_killed_goes_on_from_its_checkpoint(run: Run) -> None:
@@ -159,7 +162,7 @@ def test_a_job_that_is_killed_goes_on_from_its_checkpoint(run: Run) -> None:
     assert found.failures == 1
     assert found.seconds.goodput == 60 / 150
     assert found.seconds.goodput_with_queue == 60 / 330
-    assert interval_words(run) == "saves every 10 steps (30 s); 1 failure, too few to suggest another interval"
+    assert interval_words(interval(run, goodput(run))) == "saves every 10 steps (30 s); 1 failure, too few to suggest another interval"
 
 
 def test_a_lost_node_is_held_until_slurm_requeues_the_job(run: Run) -> None:
@@ -269,7 +272,7 @@ def test_a_stage_without_steps_stands_where_it_ended_well(tmp_path: Path) -> Non
     attempt(run, 2, 120, end=("done", 200), restart=1)
     assert parts(run) == {"queued": 20, "starting": 20, "recomputed": 70, "productive": 80, "idle": 10}
     assert interval(run, goodput(run)) is None
-    assert interval_words(run) == ""
+    assert interval_words(interval(run, goodput(run))) == ""
 
 
 def test_youngs_interval_against_its_formula(run: Run) -> None:
@@ -290,7 +293,7 @@ def test_youngs_interval_against_its_formula(run: Run) -> None:
     assert found.between_failures_seconds == (2 * 116 + 4) / 2
     assert found.suggested_seconds == pytest.approx((2 * 8 * 118) ** 0.5)
     assert (found.planned_steps, found.planned_seconds, found.suggested_steps) == (10, 40, 11)
-    assert interval_words(run) == "saves every 10 steps (40 s); 2 failures, one in 118 s, suggest every 11 (43.5 s)"
+    assert interval_words(interval(run, goodput(run))) == "saves every 10 steps (40 s); 2 failures, one in 118 s, suggest every 11 (43.5 s)"
 
 
 def test_runs_of_a_graph_are_summed(run: Run, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.json_lines import read_json_lines
 from megatron_ext.launch import job_events
-from megatron_ext.launch.job_events import PREEMPTED, Ledger, Start, idle_starts, lost_starts, read_events
+from megatron_ext.launch.job_events import PREEMPTED, Ledger, Start, idle_starts, lost_starts
 from megatron_ext.launch.job_queue import without_parent
 from megatron_ext.launch.job_ranks import read_secrets, without_secrets
 from megatron_ext.launch.job_step import rank_numbers
@@ -61,7 +62,7 @@ def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
     with ledger.path.open("a") as file:
         file.write('{"event": "en')
     Ledger(tmp_path, Start(7, 1), ["n2"]).append("start", iteration=3)
-    assert [(event["restart_count"], event["nodes"]) for event in read_events(ledger.path)] == [(0, ["n1"]), (1, ["n2"])]
+    assert [(event["restart_count"], event["nodes"]) for event in read_json_lines(ledger.path)] == [(0, ["n1"]), (1, ["n2"])]
 
 
 def test_a_full_disk_does_not_stop_the_supervisor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
