@@ -199,6 +199,7 @@ def _falls_silent(owner: Attempt) -> bool:
     while _lives(owner):
         if _last_beat(owner) != heard:
             return False
+        interruption.check()
         time.sleep(WAIT_SECONDS)
     return True
 
@@ -262,19 +263,26 @@ def attempting(run: Run) -> Iterator[Attempt]:
 
     `Interrupted` where it was asked to stop, whatever came of that: a pool whose processes got the signal too, say.
     """
-    attempt = begin_attempt(run)
-    with attempt.beating():
-        try:
-            yield attempt
-            attempt.check_owner()
-        except BaseException as error:
-            if isinstance(error, Interrupted):
-                attempt.interrupted(str(error), sys.stderr)
+    with interruption.held() as let_go:  # a request between the attempt's record and the watch over it would leave its end unsaid
+        attempt = begin_attempt(run)
+        with attempt.beating():
+            try:
+                let_go()
+                yield attempt
+                attempt.check_owner()
+            except BaseException as error:
+                _record_end(attempt, error)
                 raise
-            if interruption.request():
-                words = f"asked to stop ({interruption.request()}), and it ended with {type(error).__name__}: {error}"
-                attempt.interrupted(words, sys.stderr)
-                raise Interrupted(words) from error
-            attempt.finish("failed", error=f"{type(error).__name__}: {error}")
-            raise
     attempt.finish("done")
+
+
+def _record_end(attempt: Attempt, error: BaseException) -> None:
+    """What ended an attempt that did not finish; `Interrupted` from `error` where a request to stop is behind it."""
+    if isinstance(error, Interrupted):
+        attempt.interrupted(str(error), sys.stderr)
+    elif interruption.request():
+        words = f"asked to stop ({interruption.request()}), and it ended with {type(error).__name__}: {error}"
+        attempt.interrupted(words, sys.stderr)
+        raise Interrupted(words) from error
+    else:
+        attempt.finish("failed", error=f"{type(error).__name__}: {error}")

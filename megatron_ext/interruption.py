@@ -13,11 +13,12 @@ A forked process is not asked: to it the signals mean what they usually do. A pr
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
@@ -74,6 +75,30 @@ def defer() -> None:
     _listener.heeds = "defer"
 
 
+@contextlib.contextmanager
+def held() -> Iterator[Callable[[], None]]:
+    """A request that comes in here is only noted, until the function that this gives is called: that raises it, and ends the holding."""
+    before = _listener.heeds
+    if before == "raise":
+        _listener.heeds = "defer"
+
+    def let_go() -> None:
+        _listener.heeds = before
+        if before == "raise":
+            check()
+
+    try:
+        yield let_go
+    finally:
+        _listener.heeds = before
+
+
+def check() -> None:
+    """Raise `Interrupted` where a request has come."""
+    if _listener.request:
+        raise Interrupted(f"asked to stop ({_listener.request}); what was finished is kept, and the same command goes on from there")
+
+
 def leave_to_parent() -> None:
     """In a program that works for a stage and ends when that does: requests are the stage's to answer, and stacks are not shown."""
     for number in (*REQUESTS, signal.SIGUSR2):
@@ -99,7 +124,7 @@ def _take(number: int, _: FrameType | None) -> None:
         return
     _listener.request = signal.Signals(number).name
     if _listener.heeds == "raise":
-        raise Interrupted(f"asked to stop ({_listener.request}); what was finished is kept, and the same command goes on from there")
+        check()
 
 
 def _leave_when_asked(reader: int) -> None:

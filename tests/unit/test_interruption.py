@@ -69,6 +69,36 @@ def test_what_fails_because_its_processes_were_asked_too_is_no_failure(tmp_path:
     assert json.loads((run.path / "attempts/1/exit.json").read_text())["reason"] == "interrupted"
 
 
+def test_a_request_between_the_record_of_an_attempt_and_the_watch_over_it_is_recorded(tmp_path: Path) -> None:
+    run = text_run(tmp_path)
+    done = program(
+        "from pathlib import Path; from megatron_ext import attempts; from megatron_ext.runs import open_run\n"
+        "begin = attempts.begin_attempt\n"
+        "def asked(run):\n"
+        "    attempt = begin(run); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+        "    return attempt\n"
+        "attempts.begin_attempt = asked\n"
+        "with attempts.attempting(open_run(Path(sys.argv[1]))): print('worked')\n",
+        str(run.path),
+    )
+    assert (done.returncode, done.stdout) == (EXIT_AGAIN, ""), done.stderr
+    assert json.loads((run.path / "attempts/1/exit.json").read_text())["reason"] == "interrupted"
+
+
+def test_who_waits_for_an_owner_elsewhere_stops_when_asked(tmp_path: Path) -> None:
+    run = text_run(tmp_path)
+    record = begin_attempt(run).path / attempts.RECORD
+    record.write_text(json.dumps({**json.loads(record.read_text()), "place": "elsewhere"}))
+    done = program(
+        "import threading; from pathlib import Path; from megatron_ext.attempts import attempting; from megatron_ext.runs import open_run\n"
+        "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "with attempting(open_run(Path(sys.argv[1]))): print('worked')\n",
+        str(run.path),
+    )
+    assert (done.returncode, done.stdout) == (EXIT_AGAIN, ""), done.stderr
+    assert not (run.path / "attempts/2").exists()
+
+
 def test_a_stage_by_its_verb_goes_on_after_a_request(tmp_path: Path) -> None:
     run = text_run(tmp_path)
     words = [sys.executable, "-m", "megatron_ext", "text", str(run.path)]
