@@ -63,13 +63,6 @@ class Groups:
         return values
 
 
-def free_port() -> int:
-    """A port that is free now, for a group of one process that nobody else joins."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def environment_ranks() -> tuple[int, int]:
     """(rank, world size) from torchrun's or Slurm's variables; (0, 1) without them."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -114,9 +107,9 @@ def process_groups(plan: TrainPlan) -> Iterator[Groups]:
         if size > 1 and "MASTER_ADDR" not in os.environ:
             raise ConfigError(f"{size} processes were started without MASTER_ADDR and MASTER_PORT, so they cannot meet; set both")
         _check_reachable(plan)
-        method = None if "MASTER_ADDR" in os.environ else f"tcp://127.0.0.1:{free_port()}"
         timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
-        dist.init_process_group(device.backend(plan.device), init_method=method, rank=rank, world_size=size, timeout=timeout)
+        alone = None if "MASTER_ADDR" in os.environ else dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timeout)
+        dist.init_process_group(device.backend(plan.device), store=alone, rank=rank, world_size=size, timeout=timeout)
     try:
         yield lay_out(plan)
     finally:

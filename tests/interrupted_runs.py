@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_ext.checkpoint import folder as folders
-from megatron_ext.checkpoint.verify import verify
 from megatron_ext.config.base import Json
 from megatron_ext.runs import Run, read_json
 from tests import ranks
+from tests.small_checkpoints import data_digests
 
 TOKENS = 128  # of a step of `training_runs.stage`
 LIMIT_SECONDS = 120
@@ -33,7 +33,7 @@ def start(run: Run, out: Path, asks: Sequence[Ask] = (), fault: str = "") -> lis
     """The processes of a stage's verb; what rank r prints goes to `out`/r."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(ranks.PRELOADED)
-    num_ranks, port = getattr(run.stage.plan, "num_ranks", 1), ranks._free_port()
+    num_ranks, port = getattr(run.stage.plan, "num_ranks", 1), ranks.free_port()
     words = [run.stage.kind, str(run.path)]
     out.mkdir(exist_ok=True)
     found = [
@@ -124,5 +124,4 @@ def ended(run: Run, attempt: int = 1) -> Json:
 
 def weights(run: Run, step: int) -> dict[str, str]:
     """Digests of the data files of a checkpoint: weights and moments of all ranks, bit for bit."""
-    files = verify(folders.iteration_path(run.checkpoints_path, step)).files
-    return {name: digest for name, digest in files.items() if name.endswith(".distcp")}
+    return data_digests(folders.iteration_path(run.checkpoints_path, step))

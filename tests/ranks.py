@@ -5,9 +5,12 @@ The processes are forked from a server that has imported torch and Megatron-Core
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -17,7 +20,10 @@ from typing import Any
 from megatron_ext.config.plan import TrainPlan
 
 TIMEOUT_SECONDS = 240
+FIRST_PORT, NUM_PORTS = 10_000, 1_000
 PRELOADED = ["megatron_ext.training.stage", "megatron_ext.cpu_megatron", "tests.small_corpus"]
+
+_ports = itertools.count(os.getpid())
 
 
 def run(function: Callable[..., Any], plan: TrainPlan, *arguments: Any) -> list[Any]:
@@ -28,7 +34,7 @@ def run(function: Callable[..., Any], plan: TrainPlan, *arguments: Any) -> list[
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         ranks = [context.Process(target=_rank, args=(rank, plan, port, folder, function, arguments)) for rank in range(plan.num_ranks)]
         for process in ranks:
             process.start()
@@ -57,12 +63,19 @@ def _wait(ranks: list[Any]) -> None:
             process.join(0.02)
 
 
-def _free_port() -> int:
-    import socket
+def free_port() -> int:
+    """A port that nothing listens at and nobody else takes before the ranks do.
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    Linux hands out those from 32768 by itself, so one of them may be gone again; test processes side by side have a thousand each.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for _ in range(NUM_PORTS):
+        port = FIRST_PORT + worker * NUM_PORTS + next(_ports) % NUM_PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+            return port
+    raise RuntimeError(f"none of {NUM_PORTS} ports is free")
 
 
 def _rank(rank: int, plan: TrainPlan, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -107,7 +107,7 @@ def contents(run: Run) -> dict[str, str]:
 def test_a_stale_owner_that_wakes_up_changes_nothing(corpus, straight, tmp_path, where, beside):
     run = new_run(corpus, f"{where} {beside}", beside)
     stale = multiprocessing.get_context("forkserver").Process(
-        target=ranks._rank, args=(0, run.stage.plan, ranks._free_port(), str(tmp_path), train_and_sleep, (str(run.path), where))
+        target=ranks._rank, args=(0, run.stage.plan, ranks.free_port(), str(tmp_path), train_and_sleep, (str(run.path), where))
     )
     stale.start()
     try:
