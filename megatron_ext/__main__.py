@@ -49,7 +49,17 @@ def work(arguments: argparse.Namespace) -> None:
         _function(RUN_VERBS[arguments.verb].function)(run)
 
 
-CALLS: dict[str, Callable[[argparse.Namespace], None]] = {"why": why, "replay": replay}
+def tokenize_part(arguments: argparse.Namespace) -> None:
+    """Do one part of a tokenize run's slices."""
+    from megatron_ext.launch.commands import permissions
+    from megatron_ext.launch.verbs import open_for
+
+    run = open_for("tokenize", arguments.run, permissions(arguments))
+    if run is not None:
+        importlib.import_module("megatron_ext.data.tokenize").run_part(run, arguments.part, arguments.parts)
+
+
+CALLS: dict[str, Callable[[argparse.Namespace], None]] = {"why": why, "replay": replay, "tokenize-part": tokenize_part}
 
 
 def call(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from megatron_ext.config.plan import TrainPlan
 from megatron_ext.config.rl import Rollouts
 from megatron_ext.config.rl_plan import RLPlan
 from megatron_ext.config.schedule import Schedule
-from megatron_ext.config.stages import Branch, ConvertStage, ReportStage, RLStage, TokenizeStage, TrainStage, Weights
+from megatron_ext.config.stages import Branch, ConvertStage, ReportStage, RLStage, TokenizePlan, TokenizeStage, TrainStage, Weights
 from megatron_ext.launch.graph import Graph
 from recipes import mixtures, models, rl
 
@@ -101,7 +101,8 @@ def in_fp8(graph: Graph) -> Graph:
 
 
 def _graph(name: str, model: ModelConfig, model_id: str, peak: float, plan: TrainPlan, rl_plan: RLPlan) -> Graph:
-    corpus = TokenizeStage(name="corpus", sources=mixtures.SOURCES, tokenizer=TOKENIZER)
+    # About 900 GB of text: 64 MiB take a process half a minute.
+    corpus = TokenizeStage(name="corpus", sources=mixtures.SOURCES, tokenizer=TOKENIZER, plan=TokenizePlan(workers=16, parts=16))
     llama = ConvertStage(name="llama", model_id=model_id, model=model, revision=REVISIONS[model_id])
     stable = TrainStage(
         name="stable",

@@ -10,12 +10,13 @@ from typing import Any
 from megatron_ext.config.base import to_json
 from megatron_ext.config.cluster import Cluster, Container
 from megatron_ext.launch.graph import with_overrides
-from megatron_ext.launch.render import Job, job_of, joints_of, script_text
+from megatron_ext.launch.render import PARTS_SCRIPT, Job, job_of, joints_of, script_text, scripts_of
 from recipes import ablations, clusters, octothinker
 
 GOLDEN = Path(__file__).parent / "golden" / "slurm"
 RUNS, DIRECTORY = Path("/shared/me/runs"), Path("/home/me/project")
 SNAPSHOT = RUNS / ".code" / "0123456789abcdef"
+ONE_JOB = ("corpus.plan.workers=32", "corpus.plan.parts=1")
 STRANGE = Path('/shared/a b/it\'s 100%/"x" #z;&')  # a folder of runs
 
 
@@ -45,7 +46,8 @@ def jobs() -> dict[str, Job]:
         "joint": job(ablations.decay_qa, "stable", clusters.h100()),
         "pyxis": job(octothinker.llama_3b, "decay_long", ours(container=pyxis)),
         "apptainer": job(octothinker.llama_3b, "rl_long", ours(container=apptainer, secrets_file=secrets_file)),
-        "cpu_only": job(octothinker.llama_3b, "corpus", ours(cpu_memory_bytes=64 * 2**30), overrides=("corpus.plan.workers=32",)),
+        "cpu_only": job(octothinker.llama_3b, "corpus", ours(cpu_memory_bytes=64 * 2**30), overrides=ONE_JOB),
+        "array": job(octothinker.llama_3b, "corpus", ours(container=pyxis), overrides=("corpus.plan.parts=8",)),
         "scale": job(octothinker.llama_8b, "stable", ours(max_nodes=128), overrides=("stable.plan.nodes=128",)),
         "strange_names": job(octothinker.llama_3b, "decay_short", typed, STRANGE),
     }
@@ -54,6 +56,7 @@ def jobs() -> dict[str, Job]:
 def texts() -> dict[str, str]:
     """File name -> what stands in it, for every golden file."""
     found = {f"{name}.sbatch": script_text(one) for name, one in jobs().items()}
+    found["array.parts.sbatch"] = scripts_of(jobs()["array"])[PARTS_SCRIPT]
     return found | {f"{name}.json": json.dumps(to_json(one), indent=2) + "\n" for name, one in jobs().items()}
 
 

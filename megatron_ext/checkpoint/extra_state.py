@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ _NAMES = {
         "MXFP8BlockScaling", "NVFP4BlockScaling", "MXFP4QATMXFP8BlockScaling", "MXFP4QATFloat8BlockScaling",
     },
 }  # fmt: skip
+_ENUMERATION, _MEMBER = ("transformer_engine.common.recipe", "Format"), re.compile(r"[A-Z][A-Z0-9_]*")
 _STORAGE = ("torch.storage", "_load_from_bytes")  # opens its argument as a pickle of its own, without a guard
 
 
@@ -86,16 +89,39 @@ class _StandIns(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, where: str) -> None:
         super().__init__(file)
         self._where = where
+        self._enumerations: list[Any] = []
+        self._member = _member_of(self._enumerations, where)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == _STORAGE:
             return _Storage(self._where)
+        if (module, name) == ("builtins", "getattr"):
+            return self._member
         if name in _NAMES.get(module, ()):
-            return type(name, (_Inert,), {})  # a new one each time: a pickle can set attributes on what it is given
+            stand_in = type(name, (_Inert,), {})  # a new one each time: a pickle can set attributes on what it is given
+            self._enumerations += [stand_in] if (module, name) == _ENUMERATION else []
+            return stand_in
         raise CheckpointError(
             f"{self._where}: refused: it asks for {module}.{name}, which no extra state needs; nothing was run. "
             f"Transformer Engine would run it: do not give this checkpoint to another program either"
         )
+
+
+def _member_of(enumerations: list[Any], where: str) -> Callable[[Any, Any], _Inert]:
+    """What stands for getattr: Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) writes a member of an enumeration so.
+
+    A function, because a pickle can set attributes on what it is given, and can reach nothing in one.
+    """
+
+    def member(enumeration: Any, name: Any) -> _Inert:
+        if any(enumeration is one for one in enumerations) and isinstance(name, str) and _MEMBER.fullmatch(name):
+            return _Inert()
+        raise CheckpointError(
+            f"{where}: refused: it asks for builtins.getattr of {enumeration!r}, {name!r}, which no extra state needs; nothing was run. "
+            f"Transformer Engine would run it: do not give this checkpoint to another program either"
+        )
+
+    return member
 
 
 class _Inert(dict[Any, Any]):

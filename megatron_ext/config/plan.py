@@ -6,7 +6,7 @@ silent ones first; each refusal shows its arithmetic and the way out.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_ext.config.base import config
 from megatron_ext.config.budget import Budget
@@ -83,7 +83,7 @@ class TrainPlan(ParallelPlan):
                 raise ConfigError(f"plan: {key} is {list(getattr(self, key))}, but nothing is saved before step 1; name tokens above 0")
 
 
-def at_least(plan: ParallelPlan, least: int, *keys: str) -> None:
+def at_least(plan: Any, least: int, *keys: str) -> None:
     for key in keys:
         if getattr(plan, key) < least:
             raise ConfigError(f"plan: {key} is {getattr(plan, key)}, must {'not be negative' if least == 0 else f'be at least {least}'}")

@@ -16,7 +16,7 @@ from megatron_ext.config.faults import Faults
 from megatron_ext.config.mixture import Mixture
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.optimizer import Optimizer
-from megatron_ext.config.plan import Precision, TrainPlan, check_plan
+from megatron_ext.config.plan import Precision, TrainPlan, at_least, check_plan
 from megatron_ext.config.rl import Lengths, Objective, Rollouts, check_staleness
 from megatron_ext.config.rl_plan import RLPlan, check_rl_plan
 from megatron_ext.config.schedule import Schedule
@@ -105,8 +105,17 @@ class WorkersPlan:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"plan: workers is {self.workers}, must be at least 1")
+        at_least(self, 1, "workers")
+
+
+@config
+class TokenizePlan(WorkersPlan):
+    """The same for a tokenize stage, whose slices several jobs can do side by side."""
+
+    parts: int = 1  # on a cluster: jobs of an array, each with `workers`; the stage's own job comes after them and puts all together
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "workers", "parts")
 
 
 @config
@@ -149,7 +158,7 @@ class TokenizeStage:
     on_bad_line: Literal["refuse", "skip"] = "refuse"
     documents_per_shard: int = 0  # 0: one shard per source and worker slice
     kind: Literal["tokenize"] = "tokenize"
-    plan: WorkersPlan = WorkersPlan()
+    plan: TokenizePlan = TokenizePlan()
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.sources]

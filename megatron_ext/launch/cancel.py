@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_ext.launch.slurm import cancel, queued_jobs
+from megatron_ext.launch.slurm import cancel, queued_jobs, queued_parts
 from megatron_ext.launch.tree import find_runs
 
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
@@ -13,13 +13,17 @@ RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 
 def cancel_command(runs: Path) -> None:
     """Cancel the job of a run folder, or of every run folder under one. What is published stays; `launch` goes on from it."""
-    queue = queued_jobs()
-    found = {run.path: queue[run.path] for run in find_runs(runs) if run.path in queue}
-    if not found:
+    queue, parts = queued_jobs(), queued_parts()
+    paths = [run.path for run in find_runs(runs)]
+    found = [(path, queue[path]) for path in paths if path in queue]
+    arrays = {job.job_id: path for path in paths for job in parts.get(path, ())}
+    if not found and not arrays:
         print(f"{runs}: no job of it is queued or running; see megatron-ext status {runs}")
         return
-    in_order = sorted(found.items(), key=lambda item: (item[1].state in RUNNING, -item[1].job_id))
-    cancel([job.job_id for _, job in in_order])
+    in_order = sorted(found, key=lambda item: (item[1].state in RUNNING, -item[1].job_id))
+    cancel([*(job.job_id for _, job in in_order), *arrays])
+    for job_id, path in arrays.items():
+        print(f"{os.path.relpath(path)}: its parts in array {job_id} cancelled")
     for path, job in reversed(in_order):
         print(f"{os.path.relpath(path)}: job {job.job_id} ({job.state.lower()}) cancelled")
     print("Jobs that waited for these, and for nothing else, are cancelled by Slurm; the same launch submits what is missing again")

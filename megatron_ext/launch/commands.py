@@ -53,6 +53,7 @@ def command_parser() -> tuple[argparse.ArgumentParser, Sequence[str]]:
         verb = _add(verbs, name, row.text, "RUN [options]")
         verb.add_argument("run", type=Path, metavar="RUN", help="a run folder")
         _add_permissions(verb)
+    _add_tokenize_part(verbs)
     return parser, list(verbs.choices)
 
 
@@ -163,6 +164,14 @@ def _add_conversion_verbs(verbs: Any) -> None:
         "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=f"the text whose logits are compared (default: {DEFAULT_PROMPT})"
     )
     check.add_argument("--tensors-only", action="store_true", help="compare the weights only; no model is built")
+
+
+def _add_tokenize_part(verbs: Any) -> None:
+    verb = _add(verbs, "tokenize-part", "do a part of a tokenize run's slices, ahead of it", "RUN --part I --of N")
+    verb.add_argument("run", type=Path, metavar="RUN", help="the run folder of a tokenize stage")
+    verb.add_argument("--part", type=int, required=True, metavar="I", help="the first is 0")
+    verb.add_argument("--of", type=int, required=True, dest="parts", metavar="N", help="into how many parts the slices are dealt out")
+    _add_permissions(verb)
 
 
 def _add_permissions(verb: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from megatron_ext.errors import ConfigError, LaunchError
 from megatron_ext.launch.findings import Finding, error, ok, warning
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.job_ranks import read_secrets
-from megatron_ext.launch.render import Job, jobs_of, script_text
+from megatron_ext.launch.render import PARTS_SCRIPT, Job, jobs_of, scripts_of
 from megatron_ext.launch.slurm import queued_jobs, refusal
 from megatron_ext.snapshot import code_hash, snapshot_path
 
@@ -42,18 +42,20 @@ def _accepted(jobs: Sequence[Job]) -> list[Finding]:
         queued_jobs()
     except LaunchError as silence:
         return [warning(what, f"whether it takes the jobs is not known: {str(silence).splitlines()[0]}", way_out)]
-    kinds = {(job.partition, job.nodes, job.tasks_per_node, job.gpus_option, job.memory, job.constraint): job for job in jobs}
+    kinds = {(job.partition, job.nodes, job.tasks_per_node, job.gpus_option, job.memory, job.constraint, job.parts): job for job in jobs}
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for job in kinds.values():
-            script = Path(folder) / "stage.sbatch"
-            script.write_text(script_text(job), encoding="utf-8")
-            problem = refusal(script)
-            shape = f"{job.nodes} node(s) of {job.partition or 'the default partition'}, {job.tasks_per_node} task(s) on each"
-            if problem:
-                found.append(error(what, f"{shape}: {problem}", "mend slurm of the cluster, or the plan", job.stage))
-            else:
-                found.append(ok(what, f"takes {shape}", job.stage))
+            for name, text in scripts_of(job).items():
+                script = Path(folder) / name
+                script.write_text(text, encoding="utf-8")
+                problem = refusal(script)
+                shape = f"{job.nodes} node(s) of {job.partition or 'the default partition'}, {job.tasks_per_node} task(s) on each"
+                shape += f", {job.parts} times in an array" if name == PARTS_SCRIPT else ""
+                if problem:
+                    found.append(error(what, f"{shape}: {problem}", "mend slurm of the cluster, or the plan", job.stage))
+                else:
+                    found.append(ok(what, f"takes {shape}", job.stage))
     return found
 
 

@@ -10,7 +10,7 @@ from megatron_ext.config.cluster import Cluster
 from megatron_ext.config.stages import inputs
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.plan import plan_text, resolved
-from megatron_ext.launch.render import JOB_FOLDER, SCRIPT, jobs_of, script_text
+from megatron_ext.launch.render import JOB_FOLDER, SCRIPT, jobs_of, scripts_of
 from megatron_ext.snapshot import code_hash, snapshot_path
 
 
@@ -34,7 +34,8 @@ def scripts(graph: Graph, cluster: Cluster, runs_dir: Path, directory: Path) -> 
     found = []
     for stage, job in zip(graph.stages, jobs, strict=True):
         parents = list(dict.fromkeys(inputs(stage).values()))
-        waits = f", after {', '.join(parents)}" if parents else ""
-        path = shlex.quote(str(Path(job.run) / JOB_FOLDER / SCRIPT))
-        found.append(f"==> {path}{waits} <==\n{script_text(job)}")
+        for name, text in scripts_of(job).items():
+            after = [*parents, *(["its parts"] if name == SCRIPT and job.parts > 1 else [])]
+            waits = f", after {', '.join(after)}" if after else ""
+            found.append(f"==> {shlex.quote(str(Path(job.run) / JOB_FOLDER / name))}{waits} <==\n{text}")
     return found

@@ -18,6 +18,7 @@ from megatron_ext.json_lines import read_json_lines
 
 Event = dict[str, Any]
 COMMENT = "megatron_ext:"  # of every job, and the run folder: how one is known, whoever submitted it
+PART_COMMENT = "megatron_ext-part:"  # of the jobs of an array that works ahead of a stage's own
 EVENTS, CHECK = Path("job") / "events.jsonl", Path("job") / "node_check.json"  # in a run folder
 PREEMPTED = "preempted"  # reason of an end that says nothing about the stage: Slurm, or a person, wanted the nodes
 _ITERATION = re.compile(r"iter_(\d{7,})")

@@ -17,11 +17,11 @@ from megatron_ext.config.cluster import UNPRINTABLE, Cluster, Slurm
 from megatron_ext.config.memory import checkpoint_bytes
 from megatron_ext.config.plan import ParallelPlan
 from megatron_ext.config.rl_plan import RLPlan
-from megatron_ext.config.stages import RLStage, TrainStage
+from megatron_ext.config.stages import RLStage, TokenizeStage, TrainStage
 from megatron_ext.errors import ConfigError, LaunchError
 from megatron_ext.launch.containers import wrapping
 from megatron_ext.launch.graph import Graph
-from megatron_ext.launch.job_events import COMMENT
+from megatron_ext.launch.job_events import COMMENT, PART_COMMENT
 from megatron_ext.launch.joints import joint_step
 from megatron_ext.launch.plan_rl import check_gpus
 from megatron_ext.launch.ranks import thread_environment
@@ -30,7 +30,9 @@ from megatron_ext.snapshot import PACKAGE, snapshot_environment
 from megatron_ext.tracker import iteration_path
 
 TEMPLATE = PACKAGE.parent / "slurm" / "stage.sbatch"
-JOB_FOLDER, JOB, SCRIPT, LOG = "job", "job.json", "stage.sbatch", "slurm-%j.log"  # in a run folder; %j is Slurm's for the job's id
+JOB_FOLDER, JOB = "job", "job.json"  # in a run folder
+SCRIPT, LOG = "stage.sbatch", "slurm-%j.log"  # %j is Slurm's for the job's id
+PARTS_SCRIPT, PART_LOG = "parts.sbatch", "part-%A_%a.log"  # of the array that works ahead of the stage; the array's id, the part
 PASSED = ("HOME", "USER", "PATH", "LANG")  # from who submits, besides what the cluster names
 SHARED_OUT = 0.9  # of a node's memory among jobs that share it; the rest is the system's
 HOLE = re.compile(r"\{\{(\w+)\}\}")
@@ -85,6 +87,8 @@ class Job:
     node_check: str
     save_seconds: float  # that one checkpoint is taken to need; 0: the stage writes none
     joints: tuple[JobJoint, ...]
+    parts: int  # jobs of an array that work ahead of this one; 1: none does
+    part_command: tuple[str, ...]  # of one of them, but for the part's number at the end; empty where there are none
 
     @property
     def num_ranks(self) -> int:
@@ -152,6 +156,10 @@ def job_of(
         node_check=slurm.node_check if has_ranks else "never",
         save_seconds=save_seconds(stage, slurm),
         joints=tuple(joints),
+        parts=num_parts(stage),
+        part_command=(slurm.python, "-m", "megatron_ext", "tokenize-part", str(run_path), *words, "--of", str(num_parts(stage)), "--part")
+        if num_parts(stage) > 1
+        else (),
     )
 
 
@@ -189,6 +197,11 @@ def save_seconds(stage: Any, slurm: Slurm) -> float:
     if not isinstance(stage, TrainStage | RLStage):
         return 0.0
     return max(1.0, checkpoint_bytes(stage.model, stage.precision, stage.plan) / slurm.write_bytes_per_second)
+
+
+def num_parts(stage: Any) -> int:
+    """Jobs of an array that do a stage's work ahead of its own; 1: none does."""
+    return int(stage.plan.parts) if isinstance(stage, TokenizeStage) else 1
 
 
 def _check_paths(run_path: Path, graph: str, stage: Any, snapshot: Path, directory: Path) -> None:
@@ -268,30 +281,39 @@ def _mebibytes(number_bytes: float) -> str:
     return f"{math.ceil(number_bytes / 2**20)}M"
 
 
-def script_text(job: Job) -> str:
-    """The batch script of a job."""
+def scripts_of(job: Job) -> dict[str, str]:
+    """File name -> batch script, in the order in which they run: the array's where there is one, and the stage's own."""
+    parts = {PARTS_SCRIPT: script_text(job, of_parts=True)} if job.parts > 1 else {}
+    return {**parts, SCRIPT: script_text(job)}
+
+
+def script_text(job: Job, of_parts: bool = False) -> str:
+    """The batch script of a job, or of the array that works ahead of it."""
     in_file = () if job.secrets_file else job.secrets  # the supervisor reads those of a file itself
     passed = list(dict.fromkeys((*PASSED, *job.exports, *in_file)))
     run = Path(job.run)
+    command = [*job.part_command, "I"] if of_parts else job.command
+    who = "It" if job.num_ranks == 1 else f"Each of its {job.num_ranks:,} ranks"
     values = {
         "stage": job.stage,
         "graph": job.graph,
-        "who": "It" if job.num_ranks == 1 else f"Each of its {job.num_ranks:,} ranks",
-        "rank_command": shlex.join([*job.command_prefix, *job.command]),
-        "job_name": directive_word(f"{job.graph}.{job.stage}"),
-        "comment": directive_word(job.comment),
+        "who": f"Part I of {job.parts:,}" if of_parts else who,
+        "rank_command": shlex.join([*job.command_prefix, *command]),
+        "job_name": directive_word(f"{job.graph}.{job.stage}" + (".part" if of_parts else "")),
+        "comment": directive_word(PART_COMMENT + job.run if of_parts else job.comment),
         "directory": directive_word(job.directory),
-        "log": directive_word(f"{job.run.replace('%', '%%')}/{JOB_FOLDER}/{LOG}"),
+        "log": directive_word(f"{job.run.replace('%', '%%')}/{JOB_FOLDER}/{PART_LOG if of_parts else LOG}"),
         "exported": ",".join(passed),
         "nodes": str(job.nodes),
         "tasks_per_node": str(job.tasks_per_node),
         "cpus_per_task": str(job.cpus_per_task),
         "time": time_words(job.time_limit_seconds),
         "signal_seconds": str(job.signal_seconds),
-        "options": "\n".join(_options(job)),
+        "options": "\n".join([*([f"#SBATCH --array=0-{job.parts - 1}"] if of_parts else []), *_options(job)]),
         "kept": " | ".join(passed),
         "setup": "\n".join(job.setup),
         "host_python": shlex.quote(job.host_python),
+        "module": "job_part" if of_parts else "supervisor",
         "snapshot": shlex.quote(str(Path(job.supervisor).parent)),
         "job_file": shlex.quote(str(run / JOB_FOLDER / JOB)),
     }

@@ -10,15 +10,15 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.errors import LaunchError
-from megatron_ext.launch.job_events import COMMENT
+from megatron_ext.launch.job_events import COMMENT, PART_COMMENT
 
 LIMIT_SECONDS = 60  # for one command; a controller that is restarting answers within seconds
-_FIELDS = {"job_id": "%A", "state": "%T", "reason": "%r", "began": "%S", "ends": "%e", "nodes": "%N", "comment": "%k"}
+_FIELDS = {"job_id": "%F", "state": "%T", "reason": "%r", "began": "%S", "ends": "%e", "nodes": "%N", "comment": "%k"}
 # What `sbatch` would take from the environment of who submits, before the script's own words.
 _OWN_WORDS = ("SBATCH_", "SLURM_JOB", "SLURM_STEP", "SLURM_PROC", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NODE", "SLURM_EXPORT")
 
@@ -27,7 +27,7 @@ _OWN_WORDS = ("SBATCH_", "SLURM_JOB", "SLURM_STEP", "SLURM_PROC", "SLURM_NTASKS"
 class QueuedJob:
     """A job that Slurm has not finished with."""
 
-    job_id: int
+    job_id: int  # of one of an array: the array's
     state: str  # as PENDING, RUNNING, COMPLETING
     reason: str  # why it waits, as Dependency, Priority, Resources
     began: str  # when it started, or is expected to; N/A
@@ -37,17 +37,28 @@ class QueuedJob:
 
 def queued_jobs() -> dict[Path, QueuedJob]:
     """Run folder -> this user's job for it that waits or runs; of several the newest. `LaunchError` where no Slurm answers."""
-    text = _run(["squeue", "--noheader", "--me", "--array-unique", "--format", "|".join(_FIELDS.values())])
     found: dict[Path, QueuedJob] = {}
-    for line in text.splitlines():
-        values = dict(zip(_FIELDS, line.strip().split("|", len(_FIELDS) - 1), strict=True))
-        comment = values.pop("comment")
-        if comment.startswith(COMMENT):
-            job = QueuedJob(job_id=int(values.pop("job_id")), **values)
-            path = Path(comment.removeprefix(COMMENT))
-            if path not in found or found[path].job_id < job.job_id:
-                found[path] = job
+    for path, job in _commented(COMMENT):
+        if path not in found or found[path].job_id < job.job_id:
+            found[path] = job
     return found
+
+
+def queued_parts() -> dict[Path, list[QueuedJob]]:
+    """Run folder -> the jobs of arrays that work ahead of it, each that waits or runs; raises as `queued_jobs`."""
+    found: dict[Path, list[QueuedJob]] = {}
+    for path, job in _commented(PART_COMMENT):
+        found.setdefault(path, []).append(job)
+    return found
+
+
+def _commented(comment: str) -> Iterator[tuple[Path, QueuedJob]]:
+    """This user's jobs whose comment begins so, with the run folder that it names."""
+    for line in _run(["squeue", "--noheader", "--me", "--array", "--format", "|".join(_FIELDS.values())]).splitlines():
+        values = dict(zip(_FIELDS, line.strip().split("|", len(_FIELDS) - 1), strict=True))
+        text = values.pop("comment")
+        if text.startswith(comment):
+            yield Path(text.removeprefix(comment)), QueuedJob(job_id=int(values.pop("job_id")), **values)
 
 
 def has_slurm() -> bool:
@@ -55,18 +66,24 @@ def has_slurm() -> bool:
     return shutil.which("squeue") is not None
 
 
-def submit(script: Path, after: Iterable[int] = ()) -> int:
-    """Hand a script to Slurm, to run when the jobs `after` have ended well; its job id.
+def submit(script: Path, after: Iterable[int] = (), after_any: Iterable[int] = ()) -> int:
+    """Hand a script to Slurm, to run when the jobs `after` have ended well, and those `after_any` anyhow; its job id.
 
     A job that can never run, because one of them failed, is cancelled by Slurm.
     """
-    ids = sorted(set(after))
-    words = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes", *([f"--dependency=afterok:{':'.join(map(str, ids))}"] if ids else [])]
+    terms = [_term("afterok", after), _term("afterany", after_any)]
+    dependency = ",".join(term for term in terms if term)
+    words = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes", *([f"--dependency={dependency}"] if dependency else [])]
     answer = _run([*words, str(script)])
     number = re.match(r"\d+", answer)
     if number is None:
         raise LaunchError(f"sbatch {script}: answered {answer.strip()!r}, not the number of a job; see squeue --me before you launch again")
     return int(number[0])
+
+
+def _term(kind: str, job_ids: Iterable[int]) -> str:
+    ids = sorted(set(job_ids))
+    return ":".join([kind, *map(str, ids)]) if ids else ""
 
 
 def refusal(script: Path) -> str:

@@ -9,16 +9,18 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.errors import LaunchError
-from megatron_ext.goodput import goodput, goodput_words, interval, interval_words
+from megatron_ext.goodput import goodput, goodput_words, interval, interval_words, total
 from megatron_ext.json_lines import read_json_lines
 from megatron_ext.launch.job_events import EVENTS, Event
 from megatron_ext.launch.logs import last_line, newest_log_or_none
-from megatron_ext.launch.slurm import QueuedJob, has_slurm, queued_jobs
+from megatron_ext.launch.render import num_parts
+from megatron_ext.launch.slurm import QueuedJob, has_slurm, queued_jobs, queued_parts
 from megatron_ext.launch.tree import columns, depth, find_runs, in_order, progress, state
 from megatron_ext.launch.tree_rl import step_words
 from megatron_ext.metrics import read_metrics
@@ -30,26 +32,34 @@ CLEAR = "\033[2J\033[H"
 SHOWN = 160  # characters of a last line
 
 
+@dataclass(frozen=True)
+class Queue:
+    """What Slurm has of run folders."""
+
+    jobs: Mapping[Path, QueuedJob] = field(default_factory=dict)
+    parts: Mapping[Path, Sequence[QueuedJob]] = field(default_factory=dict)  # of arrays that work ahead of a stage's own job
+
+
 def status_command(runs: Path, watch: bool = False) -> None:
     """Print how the run folders under `runs` stand; `watch`: again and again, until none of them can change by itself any more."""
     while True:
         queue, problem = _queue()
         text = status_text(runs, queue) + problem
         print(f"{CLEAR if watch and sys.stdout.isatty() else ''}{text}", flush=True)
-        if not watch or not any(run.path in queue or _runs_here(run) for run in find_runs(runs)):
+        if not watch or not any(run.path in queue.jobs or _runs_here(run) for run in find_runs(runs)):
             return
         time.sleep(LOOK_SECONDS)
 
 
-def _queue() -> tuple[dict[Path, QueuedJob], str]:
+def _queue() -> tuple[Queue, str]:
     """The queue, and a line where there is a Slurm that does not answer: run folders tell enough without it."""
     try:
-        return (queued_jobs() if has_slurm() else {}), ""
+        return (Queue(queued_jobs(), queued_parts()) if has_slurm() else Queue()), ""
     except LaunchError as problem:
-        return {}, f"\nwithout jobs: {str(problem).splitlines()[0]}"
+        return Queue(), f"\nwithout jobs: {str(problem).splitlines()[0]}"
 
 
-def status_text(runs_dir: Path, queue: Mapping[Path, QueuedJob]) -> str:
+def status_text(runs_dir: Path, queue: Queue) -> str:
     """A table for each graph's folder, and under it the last words of what failed."""
     folders: dict[Path, list[Run]] = {}
     for run in find_runs(runs_dir):
@@ -57,30 +67,29 @@ def status_text(runs_dir: Path, queue: Mapping[Path, QueuedJob]) -> str:
     return "\n\n".join(_graph_text(folder, runs, queue) for folder, runs in folders.items())
 
 
-def _graph_text(folder: Path, runs: list[Run], queue: Mapping[Path, QueuedJob]) -> str:
+def _graph_text(folder: Path, runs: list[Run], queue: Queue) -> str:
     by_path = {run.path: run for run in runs}
     ordered = sorted(in_order(runs), key=lambda run: depth(run, by_path))
-    rows = [["stage", "state", "job", "attempts", "progress", "left"], *(_row(run, queue.get(run.path)) for run in ordered)]
-    ends = [line for run in ordered if run.path not in queue for line in _last_words(run)]
-    times = [line for run in ordered for line in _time_words(run)]
+    rows = [["stage", "state", "job", "attempts", "progress", "left"], *(_row(run, queue) for run in ordered)]
+    ends = [line for run in ordered if run.path not in queue.jobs for line in _last_words(run)]
+    times = _time_words([run for run in ordered if isinstance(run.stage, TrainStage | RLStage) and attempt_numbers(run.path)])
     return "\n".join([f"{runs[0].graph}  ({os.path.relpath(folder)})", *(f"  {line}" for line in columns(rows)), *times, *ends])
 
 
-def _time_words(run: Run) -> list[str]:
-    """What a stage that trains made of its time, and how often it saves; nothing of the others."""
-    if not isinstance(run.stage, TrainStage | RLStage):
-        return []
-    if not attempt_numbers(run.path):
-        return []
-    found = goodput(run)
-    return [f"{run.name}: " + "; ".join(words for words in (goodput_words(found), interval_words(interval(run, found))) if words)]
+def _time_words(runs: list[Run]) -> list[str]:
+    """What stages that train made of their time, each and together, and how often they save."""
+    found = [goodput(run) for run in runs]
+    told = [(goodput_words(one), interval_words(interval(run, one))) for run, one in zip(runs, found, strict=True)]
+    lines = [f"{run.name}: " + "; ".join(words for words in both if words) for run, both in zip(runs, told, strict=True)]
+    together = goodput_words(total(found))
+    return [*lines, *([f"all of these: {together}"] if together and len(runs) > 1 else [])]
 
 
-def _row(run: Run, job: QueuedJob | None) -> list[str]:
-    attempts = len(attempt_numbers(run.path))
+def _row(run: Run, queue: Queue) -> list[str]:
+    attempts, job = len(attempt_numbers(run.path)), queue.jobs.get(run.path)
     return [
         run.name,
-        _state(run, job),
+        _state(run, job, queue.parts.get(run.path, ())),
         str(job.job_id) if job else "",
         str(attempts) if attempts else "",
         _progress(run),
@@ -88,12 +97,15 @@ def _row(run: Run, job: QueuedJob | None) -> list[str]:
     ]
 
 
-def _state(run: Run, job: QueuedJob | None) -> str:
+def _state(run: Run, job: QueuedJob | None, parts: Sequence[QueuedJob]) -> str:
     """In a word or two: DONE, what Slurm does with its job, or how it ended."""
     if job is None or run.is_done():
         end = _newest_end(run)
         given_up = end is not None and end["decision"] == "stop" and not run.is_done() and not _runs_here(run)
         return "stopped for good" if given_up else state(run)
+    if job.state == "PENDING" and parts:
+        running = sum(part.state == "RUNNING" for part in parts)
+        return f"waits for {len(parts)} of its {num_parts(run.stage)} parts, {running} running"
     if job.state == "PENDING":
         why = {"Dependency": "waits for its parents", "BeginTime": "waits to start again"}
         return why.get(job.reason, f"queued ({job.reason})")

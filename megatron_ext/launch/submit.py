@@ -3,6 +3,9 @@
 Jobs requeue themselves and keep their id, so a child never loses its parent. A child of a checkpoint in the middle of a run waits for
 the whole parent at first; the parent's supervisor takes that away once the checkpoint is published. A child whose parent
 failed for good is cancelled by Slurm.
+
+A stage that is cut into parts has an array of jobs ahead of its own, which comes after them however they ended: it does what they
+left undone, and tells what is wrong.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,8 @@ from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.joints import joint_step, readable_manifest
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions
 from megatron_ext.launch.ready import check_ready, is_finished, make_ready
-from megatron_ext.launch.render import JOB, JOB_FOLDER, SCRIPT, Job, jobs_of, script_text
-from megatron_ext.launch.slurm import QueuedJob, queued_jobs, submit
+from megatron_ext.launch.render import JOB, JOB_FOLDER, PARTS_SCRIPT, SCRIPT, Job, jobs_of, num_parts, scripts_of
+from megatron_ext.launch.slurm import QueuedJob, queued_jobs, queued_parts, submit
 from megatron_ext.runs import Run, atomic_write, differences, open_run, read_json, write_json
 from megatron_ext.snapshot import code_hash, snapshot_path
 
@@ -41,6 +44,7 @@ class Submission:
     job_id: int | None  # None: nothing to run
     after: tuple[int, ...] = ()
     is_new: bool = False
+    parts: int | None = None  # the array that works ahead
 
 
 def launch_cluster(
@@ -65,7 +69,7 @@ def launch_cluster(
                 add_joints(run, job)
             elif run in chosen and not is_finished(run):
                 write_job(run, job)
-        for number, line in enumerate(submit_all(chosen, queue), start=1):
+        for number, line in enumerate(submit_all(chosen, queue, queued_parts()), start=1):
             print(f"[{number}/{len(chosen)}] {_words(line)}", flush=True)
     print(f"megatron-ext status {os.path.relpath(folder)}")
 
@@ -106,7 +110,8 @@ def write_job(run: Run, job: Job) -> None:
     folder = run.path / JOB_FOLDER
     folder.mkdir(exist_ok=True)
     write_json(folder / JOB, to_json(job))
-    atomic_write(folder / SCRIPT, script_text(job))
+    for name, text in scripts_of(job).items():
+        atomic_write(folder / name, text)
 
 
 def add_joints(run: Run, job: Job) -> None:
@@ -138,7 +143,9 @@ def _is_ready(run: Run, role: str, parent: Run) -> bool:
     return is_finished(parent) or (step is not None and readable_manifest(parent, step) is not None)
 
 
-def submit_all(runs: Sequence[Run], queue: dict[Path, QueuedJob]) -> Iterator[Submission]:
+def submit_all(
+    runs: Sequence[Run], queue: Mapping[Path, QueuedJob], queued_arrays: Mapping[Path, Sequence[QueuedJob]]
+) -> Iterator[Submission]:
     """Submit, in the graph's order, what is neither finished nor queued; each job is noted before the next is submitted."""
     ids = {path: job.job_id for path, job in queue.items()}
     for run in runs:
@@ -148,9 +155,13 @@ def submit_all(runs: Sequence[Run], queue: dict[Path, QueuedJob]) -> Iterator[Su
             yield Submission(run, None)
         else:
             after = tuple(sorted({ids[path] for path in awaited(run)}))
-            ids[run.path] = submit(run.path / JOB_FOLDER / SCRIPT, after)
-            write_json(run.path / JOB_FOLDER / SUBMITTED, {"job_id": ids[run.path], "after": after, "submitted_at": time.time()})
-            yield Submission(run, ids[run.path], after, is_new=True)
+            arrays = sorted({job.job_id for job in queued_arrays.get(run.path, ())})  # left by a job of the stage's own that is gone
+            if num_parts(run.stage) > 1 and not arrays:
+                arrays = [submit(run.path / JOB_FOLDER / PARTS_SCRIPT, after)]
+            ids[run.path] = submit(run.path / JOB_FOLDER / SCRIPT, after, arrays)
+            noted = {"job_id": ids[run.path], "after": after, "after_any": arrays, "submitted_at": time.time()}
+            write_json(run.path / JOB_FOLDER / SUBMITTED, noted)
+            yield Submission(run, ids[run.path], after, is_new=True, parts=arrays[-1] if arrays else None)
 
 
 def _words(line: Submission) -> str:
@@ -158,7 +169,9 @@ def _words(line: Submission) -> str:
         return f"{line.run.name}: done before"
     if not line.is_new:
         return f"{line.run.name}: job {line.job_id}, queued before"
-    return f"{line.run.name}: job {line.job_id}" + (f", after {', '.join(map(str, line.after))}" if line.after else "")
+    array = [f"its {num_parts(line.run.stage)} parts in array {line.parts}"] if line.parts else []
+    after = [*map(str, line.after), *array]
+    return f"{line.run.name}: job {line.job_id}" + (f", after {', '.join(after)}" if after else "")
 
 
 @contextlib.contextmanager

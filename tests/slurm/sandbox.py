@@ -208,6 +208,7 @@ class Sandbox:
         for node in (node for node, state in self.node_states().items() if state != "idle"):
             call([SCRIPT, "crash", node, self.folder])  # it may be off
             self.boot(node)
+            self.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"])  # it may be drained; Slurm refuses where it is not
         until(self.all_idle, lambda: f"all nodes idle: {self.node_states()}\n{self.log_end()}")
 
     def _becomes_idle(self, seconds: float) -> bool:

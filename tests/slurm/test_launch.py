@@ -95,6 +95,54 @@ def test_the_graph_runs_to_its_report_and_equals_a_local_run(cluster: Sandbox, s
 
 
 @pytest.mark.slow
+def test_an_array_does_the_slices_and_the_stage_puts_them_together(cluster: Sandbox, shared_path: Path) -> None:
+    where, runs = site(shared_path), shared_path / "runs"
+    (shared_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom recipes import demo\n\n\n"
+        "def run():\n    graph = demo.smoke()\n"
+        "    return replace(graph, name='text', stages=tuple(one for one in graph.stages if one.name in ('text', 'tokenizer', 'corpus')))\n"
+    )
+    recipe, folder = f"{shared_path / 'mine.py'}:run", runs / "text"
+    launch = ("launch", recipe, "corpus.plan.parts=3", "--cluster", where, "--runs", runs)
+    said = megatron_ext(cluster, *launch)
+    assert "its 3 parts in array" in said
+    assert "waits for 3 of its 3 parts" in megatron_ext(cluster, "status", folder)
+    megatron_ext(cluster, "cancel", folder / "corpus")
+    queue = cluster.output(["squeue", "--noheader", "--array", "--format", "%j"]).split()
+    assert not [name for name in queue if "corpus" in name], "the array goes with the stage"
+    assert len(new_jobs(megatron_ext(cluster, *launch))) == 1
+    array, job = ids_of_corpus(cluster)
+    cluster.output(["scancel", str(job)])  # the stage's own job alone
+    assert len(new_jobs(megatron_ext(cluster, *launch))) == 1
+    assert ids_of_corpus(cluster)[0] == array, "the parts that wait are not submitted twice"
+    cluster.output(["scancel", f"{array}_1"])  # a part that never comes
+
+    wait_for_all(cluster, folder, ["text", "tokenizer", "corpus"])
+    logs = {path.name: path.read_text() for path in (folder / "corpus" / "job").glob("part-*.log")}
+    assert sorted(logs) == [f"part-{array}_{part}.log" for part in (0, 2)]
+    shares = [int(text.split(" slices, 0 of them done before")[0].rsplit(" ", 1)[1]) for text in logs.values()]
+    assert min(shares) > 0, logs
+    records = sorted((folder / "corpus" / "shards").glob("*/slice-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    began = (folder / "corpus" / "attempts" / "1" / "plan.json").stat().st_mtime_ns
+    assert [path.stat().st_mtime_ns < began for path in records] == [True] * sum(shares) + [False] * (len(records) - sum(shares))
+    assert len(records) > sum(shares), "the stage itself did the part that never came"
+
+    call([sys.executable, "-m", "megatron_ext", "launch", recipe, "--local", "--runs", shared_path / "local"], timeout_seconds=280)
+    theirs = shared_path / "local" / "text" / "corpus"
+    for path in sorted((folder / "corpus" / "shards").rglob("*.*")):
+        if path.suffix in (".bin", ".idx", ".ids"):
+            assert path.read_bytes() == (theirs / path.relative_to(folder / "corpus")).read_bytes(), path
+
+
+def ids_of_corpus(cluster: Sandbox) -> tuple[int, int]:
+    """Of the array of the corpus' parts, and of its own job."""
+    lines = [line.split("|") for line in cluster.output(["squeue", "--noheader", "--array", "--format", "%j|%F"]).splitlines()]
+    (array,) = {int(job_id) for name, job_id in lines if name.endswith(".corpus.part")}
+    (job,) = {int(job_id) for name, job_id in lines if name.endswith(".corpus")}
+    return array, job
+
+
+@pytest.mark.slow
 def test_a_child_of_the_middle_starts_when_its_checkpoint_is_there_and_cancel_takes_the_rest(cluster: Sandbox, shared_path: Path) -> None:
     where, runs = site(shared_path), shared_path / "runs"
     (shared_path / "mine.py").write_text(

@@ -311,6 +311,7 @@ def test_a_published_checkpoint_releases_the_child_of_this_parent_alone(slurm: S
     assert child.ended() == "COMPLETED"  # while the parent, which hangs, is still at work
     assert parent.shown("JobState") == "RUNNING"
     slurm.output(["scancel", str(parent.job_id)])
+    assert parent.ended() == "CANCELLED"  # a node that still ends it while the controller is away is drained
 
 
 def test_a_controller_that_is_away_is_waited_for(slurm: Sandbox, folder: Path) -> None:

@@ -154,13 +154,37 @@ def test_every_case_is_tested(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["torch.load", "torch.storage._load_from_bytes2", "builtins.eval", "builtins.getattr", "functools.partial", "collections.deque"]
+    "name", ["torch.load", "torch.storage._load_from_bytes2", "builtins.eval", "builtins.setattr", "functools.partial", "collections.deque"]
 )
 def test_names_that_no_extra_state_needs_are_refused(tmp_path, name):
     module, _, attribute = name.rpartition(".")
     content = f"c{module}\n{attribute}\n.".encode()
     with pytest.raises(CheckpointError, match=rf"refused: it asks for {name}, which no extra state needs; nothing was run"):
         look(tmp_path, as_bytes(content))
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_member_of_an_enumeration_as_python_3_11_2_writes_it_passes(tmp_path, protocol):
+    enumeration = b"ctransformer_engine.common.recipe\nFormat\n"
+    look(tmp_path, as_bytes(b"\x80" + bytes([protocol]) + b"cbuiltins\ngetattr\n(" + enumeration + b"VHYBRID\ntR."))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(b"transformer_engine.common.recipe\nFormat", b"__subclasses__"), (b"transformer_engine.common.recipe\nFormat", b"mro"),
+     (b"transformer_engine.common.recipe\nDelayedScaling", b"HYBRID"), (b"torch\nfloat32", b"HYBRID"), (b"builtins\ngetattr", b"HYBRID")],
+)  # fmt: skip
+def test_no_other_attribute_can_be_asked_for(tmp_path, owner, name):
+    content = b"cbuiltins\ngetattr\n(c" + owner + b"\nV" + name + b"\ntR."
+    with pytest.raises(CheckpointError, match=r"refused: it asks for builtins\.getattr of .*nothing was run"):
+        look(tmp_path, as_bytes(content))
+
+
+@pytest.mark.parametrize("state", [b"}(V_enumerations\nK\x01u", b"N}(V__defaults__\nNu\x86", b"N}(V__code__\nNu\x86"])
+def test_what_stands_for_getattr_cannot_be_changed(tmp_path, state):
+    getter, other = b"cbuiltins\ngetattr\n", b"ctransformer_engine.common.recipe\nDelayedScaling\n"
+    with pytest.raises(CheckpointError, match="refused"):
+        look(tmp_path, as_bytes(getter + b"q\x00" + state + b"b0h\x00(" + other + b"VHYBRID\ntR."))
 
 
 def test_a_recipe_with_a_function_of_its_own_is_refused(tmp_path, recipe):

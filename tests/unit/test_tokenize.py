@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ext.config.stages import Source, TextStage, TokenizerStage, TokenizeStage, WorkersPlan
+from megatron_ext.config.stages import Source, TextStage, TokenizePlan, TokenizerStage, TokenizeStage
 from megatron_ext.data import tokenize_workers
 from megatron_ext.data.shard_checks import verify_shard
 from megatron_ext.data.shards import open_split
@@ -55,7 +55,7 @@ def text(tmp_path):
 
 def stage_of(text, tokenizer_folder, workers=1, **facts):
     source = replace(STAGE.sources[0], paths=(str(text / "*.jsonl"),), **facts.pop("source", {}))
-    return replace(STAGE, sources=(source,), tokenizer=str(tokenizer_folder), plan=WorkersPlan(workers=workers), **facts)
+    return replace(STAGE, sources=(source,), tokenizer=str(tokenizer_folder), plan=TokenizePlan(workers=workers), **facts)
 
 
 def tokenize(path, text, tokenizer, slice_bytes=SLICE_BYTES, **facts):
