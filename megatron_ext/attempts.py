@@ -34,6 +34,7 @@ from typing import Any, TextIO
 from megatron_ext import interruption
 from megatron_ext.config.base import Json, to_json
 from megatron_ext.errors import Interrupted, RunError
+from megatron_ext.redaction import own_secrets, without_secrets
 from megatron_ext.runs import ATTEMPTS, Run, attempt_numbers, now, read_json, write_json
 from megatron_ext.snapshot import code_hash
 
@@ -67,7 +68,9 @@ class Attempt:
 
     def finish(self, reason: str, **values: Any) -> None:
         """Record why the attempt ended."""
-        write_json(self.path / EXIT, {"reason": reason, "at": now(), **values})
+        secrets = own_secrets()
+        words = {key: without_secrets(value, secrets) if isinstance(value, str) else value for key, value in values.items()}
+        write_json(self.path / EXIT, {"reason": reason, "at": now(), **words})
 
     def interrupted(self, words: str, terminal: TextIO) -> None:
         """Record and say that it was asked to stop, and did."""

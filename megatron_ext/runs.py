@@ -27,6 +27,7 @@ FORMAT = 1
 RECIPE, PROVENANCE, DONE, METRICS, ATTEMPTS, CHECKPOINTS, EXPORTS = (
     "recipe.json", "provenance.json", "DONE", "metrics.jsonl", "attempts", "checkpoints", "exports",
 )  # fmt: skip
+PARTS = "parts.json"  # which code did slices ahead of a stage
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from megatron_ext.data.tokenize_slice import MOST_EXAMPLES, SliceRecord, SliceTa
 from megatron_ext.data.tokenize_workers import tokenize_slices
 from megatron_ext.errors import ConfigError, DataError, RunError
 from megatron_ext.provenance import CORPUS, CorpusIndex, SourceRecord, environment
-from megatron_ext.runs import PROVENANCE, Run, mark_done, open_run, read_done, write_json
+from megatron_ext.runs import PARTS, PROVENANCE, Run, mark_done, open_run, read_done, write_json
+from megatron_ext.snapshot import code_hash
 from megatron_ext.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1  # of shards and slice records; another one does finished slices again
@@ -78,6 +79,7 @@ def run_part(run: Run, part: int, parts: int, slice_bytes: int = SLICE_BYTES) ->
     if owner is not None:
         raise RunError(f"{run.path}: {owner.describe()} is at work on stage '{run.name}' itself, and does all that is missing; wait for it")
     inputs, tokenizer = _inputs(run), _tokenizer(run)
+    write_json(run.path / PARTS, {"code_hash": code_hash()})
     tasks = _all_tasks(run, inputs, tokenizer, slice_bytes)[part::parts]
     records = {task.record_path: record for task in tasks if (record := task.finished())}
     _remove_unfinished(run, records, tasks)

@@ -57,13 +57,18 @@ def examine(graph: Graph, cluster: Cluster | None, runs: Path) -> list[Finding]:
     return [*found, *machine_findings(graph, runs), *cluster_findings(graph, cluster, runs, names)]
 
 
-def refuse_what_would_fail(graph: Graph, cluster: Cluster | None, runs: Path) -> None:
+def refuse_what_would_fail(graph: Graph, cluster: Cluster | None, runs: Path, by_jobs: bool = False) -> None:
     """Before a launch, whose own checks see to plans and run folders: print the warnings, `LaunchError` with all errors.
 
-    Stages may come to what they lack after days of other stages. A graph that is done needs nothing.
+    Stages may come to what they lack after days of other stages. A graph that is done needs nothing. `by_jobs`: other machines
+    do the work, so Slurm is asked whether it takes the jobs, and this machine is not looked at.
     """
     stages = unfinished(graph, runs / graph.name)
-    found = [*_needs(graph, stages, cluster), *machine_findings(graph, runs)] if stages else []
+    found = _needs(graph, stages, cluster)
+    if by_jobs:
+        found += cluster_findings(graph, cluster, runs, [stage.name for stage in stages])
+    elif stages:
+        found += machine_findings(graph, runs)
     warnings, errors = ([one for one in found if one.level == level] for level in ("warning", "error"))
     if warnings:
         print("\n".join(finding_lines(warnings)), flush=True)

@@ -20,8 +20,9 @@ Event = dict[str, Any]
 COMMENT = "megatron_ext:"  # of every job, and the run folder: how one is known, whoever submitted it
 PART_COMMENT = "megatron_ext-part:"  # of the jobs of an array that works ahead of a stage's own
 EVENTS, CHECK = Path("job") / "events.jsonl", Path("job") / "node_check.json"  # in a run folder
+CHECKED = "checked"  # event: the nodes of this start were found fit
 PREEMPTED = "preempted"  # reason of an end that says nothing about the stage: Slurm, or a person, wanted the nodes
-_ITERATION = re.compile(r"iter_(\d{7,})")
+_ITERATION, _SLICE = re.compile(r"iter_(\d{7,})"), re.compile(r"slice-\d{5,}\.json")
 _TAIL_BYTES = 1 << 20  # of metrics.jsonl: a read of the whole file each second would not end on a long run
 
 
@@ -77,10 +78,18 @@ def lost_starts(events: list[Event], now: Start) -> list[Event]:
     return [e for e in events if e["event"] == "start" and e["job_id"] == now.job_id and _of(e) != now and _of(e) not in answered]
 
 
-def idle_starts(events: list[Event], job_id: int, iteration: int | None) -> int:
-    """How many starts in a row, the newest of a job's last, ended without a newer checkpoint than before them.
+def must_check(events: list[Event], now: Start) -> bool:
+    """Whether nodes are to be checked before a start: as long as no check of the job has passed, and after a start that met a fault."""
+    own = [e for e in events if e["job_id"] == now.job_id]
+    before = now.restart_count - 1
+    faulty = any(e["event"] == "fault" and before in (e["restart_count"], e.get("lost_restart_count")) for e in own)
+    return faulty or not any(e["event"] == CHECKED for e in own)
 
-    `iteration`: the newest published by now. A start that Slurm ended for another job's sake counts neither way. Only this
+
+def idle_starts(events: list[Event], job_id: int, iteration: int | None) -> int:
+    """How many starts in a row, the newest of a job's last, ended without having advanced the stage.
+
+    `iteration`: the `progress_mark` by now. A start that Slurm ended for another job's sake counts neither way. Only this
     job counts: who launches the stage again has looked at it.
     """
     starts = [e for e in events if e["event"] == "start" and e["job_id"] == job_id]
@@ -102,6 +111,12 @@ def _of(event: Event) -> Start:
     return Start(int(event["job_id"]), int(event["restart_count"]))
 
 
+def progress_mark(run: Path) -> int | None:
+    """What grows as a stage advances: the newest published checkpoint, of a tokenize stage its finished slices; None before the first."""
+    slices = sum(_SLICE.fullmatch(path.name) is not None for source in _entries(run / "shards") for path in _entries(source))
+    return slices or newest_iteration(run)
+
+
 def newest_iteration(run: Path) -> int | None:
     """The newest published checkpoint: one with its name and its manifest."""
     found = [int(match[1]) for path in _entries(run / "checkpoints") if (match := _ITERATION.fullmatch(path.name)) and is_published(path)]
@@ -121,7 +136,7 @@ def newest_attempt(run: Path) -> int:
 def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -3,7 +3,7 @@
     python3 -m megatron_ext.launch.job_part RUN/job/job.json
 
 What it leaves undone, the stage's own job does: so it only starts its part, passes on a request to stop, and asks for another start
-where its time was over. Standard library alone (Python 3.9), as the supervisor.
+after one. Standard library alone (Python 3.9), as the supervisor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from megatron_ext.errors import EXIT_AGAIN, LaunchError
 from megatron_ext.launch import job_queue
@@ -33,13 +32,9 @@ def main(words: list[str]) -> int:
     except LaunchError as refusal:
         say(str(refusal))
         return 1
-    step = start_step(part_command(job, os.environ["SLURM_ARRAY_TASK_ID"]), environment, frozenset((0, EXIT_AGAIN)))
-    return judge(until_end(step, inbox), inbox)
-
-
-def part_command(job: dict[str, Any], part: str) -> list[str]:
-    """The srun line of one part."""
-    return srun_command(job, [*job["part_command"], part])
+    step = start_step(srun_command(job, [*job["part_command"], os.environ["SLURM_ARRAY_TASK_ID"]]), environment, frozenset((0, EXIT_AGAIN)))
+    code = until_end(step, inbox)
+    return start_again(code) if code == EXIT_AGAIN else code
 
 
 def until_end(step: Step, inbox: Inbox) -> int:
@@ -53,16 +48,20 @@ def until_end(step: Step, inbox: Inbox) -> int:
     return step.exit_code()
 
 
-def judge(code: int, inbox: Inbox) -> int:
-    """Another start where Slurm's warning came that time is over. What TERM ended, a person ended, or Slurm will start again itself."""
-    if code == EXIT_AGAIN and signal.SIGUSR1 in inbox.signals and signal.SIGTERM not in inbox.signals:
-        try:
-            job_queue.requeue(int(os.environ["SLURM_JOB_ID"]))
-        except job_queue.SlurmError as refusal:
-            say(f"this part is not started again ({refusal}); the stage's own job does what is left of it")
+def start_again(code: int) -> int:
+    """Requeue this part, which was asked to stop, unless somebody ended it for good; the exit code of the batch script.
+
+    By its place in the array: the id of its own may be that of the whole array, and all parts would be requeued.
+    """
+    name = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        if job_queue.job_state(name).state != "RUNNING":
             return code
-        return 0
-    return code
+        job_queue.requeue(name)
+    except job_queue.SlurmError as refusal:
+        say(f"this part is not started again ({refusal}); the stage's own job does what is left of it")
+        return code
+    return 0
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ def _ask(*words: str) -> str:
     return output
 
 
-def job_state(job_id: int) -> JobState:
-    """A job by its id; `SlurmError` where Slurm does not know it or does not answer."""
+def job_state(job_id: int | str) -> JobState:
+    """A job by its id, one of an array as 12_3; `SlurmError` where Slurm does not know it or does not answer."""
     text = _ask("scontrol", "show", "job", "--oneliner", str(job_id))
     values = dict(re.findall(r"(\w+)=(\S*)", text))
     return JobState(
@@ -93,8 +93,8 @@ def node_names(node_list: str) -> list[str]:
     return _ask("scontrol", "show", "hostnames", node_list).split()
 
 
-def requeue(job_id: int) -> None:
-    """Put this job back into the queue under its own id; Slurm ends what is left of it."""
+def requeue(job_id: int | str) -> None:
+    """Put this job, or this one of an array (12_3), back into the queue under its own id; Slurm ends what is left of it."""
     _ask("scontrol", "requeue", str(job_id))
 
 

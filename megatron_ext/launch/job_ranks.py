@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import LaunchError
+from megatron_ext.redaction import SECRETS
 
 FIRST_PORT, NUM_PORTS = 15_000, 16_000  # below the ports that Linux hands out by itself (32768 and up)
 
@@ -24,7 +25,8 @@ def rank_environment(job: dict[str, Any], nodes: list[str], meeting_number: int,
     """
     port = FIRST_PORT + (int(os.environ["SLURM_JOB_ID"]) * 31 + meeting_number) % NUM_PORTS
     meeting = {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(_free_port(port))}
-    return {**os.environ, **{name: str(value) for name, value in job["environment"].items()}, **secrets, **meeting}
+    values = {name: str(value) for name, value in job["environment"].items()}
+    return {**os.environ, **values, **secrets, **meeting, SECRETS: ",".join(secrets)}
 
 
 def _free_port(port: int) -> int:
@@ -69,11 +71,3 @@ def _from_file(path: Path) -> dict[str, str]:
         raise LaunchError(f"{path}: others may read the secrets in it (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}")
     pairs = (line.partition("=") for line in lines if "=" in line and not line.lstrip().startswith("#"))
     return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def without_secrets(text: str, secrets: Mapping[str, str]) -> str:
-    """A text for a log or a ledger, with the values of secrets taken out: a traceback may quote one."""
-    for name, value in secrets.items():
-        if value:
-            text = text.replace(value, f"<{name}>")
-    return text

@@ -18,10 +18,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.launch import job_queue
+from megatron_ext.redaction import own_secrets
 
 STACK = b"most recent call first"  # in what Python's faulthandler writes of a thread
 STACK_SECONDS = 5.0  # for all ranks' stacks to reach the log
@@ -47,6 +49,7 @@ class Step:
 
     process: Any
     good_codes: frozenset[int]
+    secrets: Mapping[str, str] = field(default_factory=dict)  # of the ranks; not passed on
     bad_end: BadEnd | None = None  # the first
     lost_node: str = ""  # the first; Slurm ends the job and starts it elsewhere
     answered: set[int] = field(default_factory=set)  # ranks whose stacks have come since `ask_for_stacks`
@@ -99,13 +102,22 @@ class Step:
             self.process.wait()
 
     def read(self) -> None:
-        """Pass on what srun writes until it ends, and note what it tells."""
+        """Pass on what srun writes until it ends, without the values of secrets, and note what it tells."""
         rest = b""
         while chunk := os.read(self.process.stderr.fileno(), 1 << 16):
-            _write_all(chunk)
             *lines, rest = (rest + chunk).split(b"\n")
+            self._pass_on(b"".join(line + b"\n" for line in lines))
             for line in lines:
                 self._note(line)
+        self._pass_on(rest)
+
+    def _pass_on(self, content: bytes) -> None:
+        """Into this process's error output. A full disk loses log lines, and must not end the job."""
+        for name, value in self.secrets.items():
+            content = content.replace(value.encode(), f"<{name}>".encode())
+        with contextlib.suppress(OSError):
+            while content:
+                content = content[os.write(sys.stderr.fileno(), content) :]
 
     def _note(self, line: bytes) -> None:
         label = _LABEL.match(line)
@@ -129,17 +141,10 @@ def rank_numbers(text: str) -> set[int]:
     return {number for first, _, last in spans for number in range(int(first), int(last or first) + 1)}
 
 
-def _write_all(chunk: bytes) -> None:
-    """Into this process's error output. A full disk loses log lines, and must not end the job."""
-    with contextlib.suppress(OSError):
-        while chunk:
-            chunk = chunk[os.write(sys.stderr.fileno(), chunk) :]
-
-
 def start_step(command: list[str], environment: dict[str, str], good_codes: frozenset[int] = frozenset()) -> Step:
     """Start `command`, an srun; its exit codes in `good_codes` are no failures of a rank."""
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    step = Step(process, good_codes)
+    step = Step(process, good_codes, own_secrets(environment))
     step.pump = threading.Thread(target=step.read, name="srun-messages", daemon=True)
     step.pump.start()
     return step

@@ -20,6 +20,7 @@ LOOK_SECONDS = 1.0
 CHILD_SECONDS = 10.0  # between looks at a child's dependency: each asks the controller
 CLOCK_SECONDS = 60.0  # between looks at the job's own end, which a person may have moved
 UNKNOWN_SECONDS = 10.0  # the same, as long as Slurm has not said when that is: just after a start it may not know
+ASLEEP_SECONDS = 60.0  # that a wait of one second lasted: this process did not run
 LAST_SECONDS = 30.0  # before the end: what has not stopped by then is killed and requeued, as Slurm would end the job for good
 SPARE_SECONDS = 15.0  # for ranks to hear of it and agree, beyond the time of the step and the save
 LOST_NODE = "lost node"  # cause
@@ -64,6 +65,10 @@ class Clock:
         if state.state == "RUNNING":  # afterwards its end is when it was ended
             self.ends_at = state.ends_at
 
+    def forget(self) -> None:
+        """Have the next look ask Slurm; until it has answered, no end is known."""
+        self.ends_at, self.looked = None, float("-inf")
+
     def left_seconds(self) -> float:
         """Until Slurm ends the job."""
         return float("inf") if self.ends_at is None else self.ends_at - time.time()
@@ -84,12 +89,19 @@ class Pulse:
     since: float = field(default_factory=time.monotonic)
 
     def silent_seconds(self) -> float:
-        """0 as long as this start's attempt has not shown a first pulse: loading may take any time, and has its own limits."""
-        attempt = job_events.newest_attempt(self.run)
-        mark = job_events.pulse_mark(self.run, attempt) if attempt > self.attempts_before else None
+        """0 as long as this start's attempt has not shown a first pulse, which it does before it loads anything."""
+        try:
+            attempt = job_events.newest_attempt(self.run)
+            mark = job_events.pulse_mark(self.run, attempt) if attempt > self.attempts_before else None
+        except OSError:  # a shared file system that stumbles: nothing new is known
+            attempt, mark = self.seen
         if (attempt, mark) != self.seen or mark is None:
             self.seen, self.since = (attempt, mark), time.monotonic()
         return time.monotonic() - self.since
+
+    def forgive(self) -> None:
+        """Count the silence from now on."""
+        self.since = time.monotonic()
 
 
 @dataclass
@@ -159,21 +171,35 @@ class Watch:
     joints: Joints
     ledger: job_events.Ledger
     asked: str = ""  # why the ranks were asked to stop
+    told: set[str] = field(default_factory=set)  # problems that stand in the log
 
     def until_end(self, step: Step) -> Fault | None:
         """Watch until srun ends; the fault for which the ranks were brought down, if they were."""
         while step.running():
+            before = time.monotonic()
             step.wait(LOOK_SECONDS)
+            if time.monotonic() - before > ASLEEP_SECONDS:  # the job was suspended, its ranks too, and its end has moved
+                self.pulse.forgive()
+                self.clock.forget()
+            self.clock.look()
             fault = self._fault(step)
             if fault and fault.cause == LOST_NODE:
                 return fault  # Slurm brings everything down, this process too, and leaves little time to write down why
             if fault:
                 return self._bring_down(step, fault)
-            self.clock.look()
-            self.joints.release(self.ledger)
+            self._release()
             self._ask_to_stop(step)
         step.exit_code()  # all that srun said is read
         return self._bad_end(step)
+
+    def _release(self) -> None:
+        """Release children; a shared file system that stumbles is asked again at the next look."""
+        try:
+            self.joints.release(self.ledger)
+        except (OSError, ValueError) as problem:
+            if str(problem) not in self.told:
+                say(f"children could not be looked after, and will be: {problem}")
+            self.told.add(str(problem))
 
     def _fault(self, step: Step) -> Fault | None:
         if step.bad_end or step.lost_node or not step.running():

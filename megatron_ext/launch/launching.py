@@ -29,7 +29,7 @@ def launch_command(
     elif facts is not None:
         from megatron_ext.launch.submit import launch_cluster
 
-        launch_cluster(graph, runs, facts, permissions, first)
+        launch_cluster(graph, runs, facts, permissions, first, doctor)
     else:
         raise LaunchError(
             "launch: say where: --cluster NAME submits to its Slurm, --local runs here, --dry-run shows what would run and writes nothing"

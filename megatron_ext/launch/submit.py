@@ -23,6 +23,7 @@ import psutil
 from megatron_ext.config.base import Json, to_json
 from megatron_ext.config.cluster import Cluster
 from megatron_ext.errors import LaunchError
+from megatron_ext.launch.doctor import refuse_what_would_fail
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.joints import joint_step, readable_manifest
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions
@@ -33,6 +34,7 @@ from megatron_ext.runs import Run, atomic_write, differences, open_run, read_jso
 from megatron_ext.snapshot import code_hash, snapshot_path
 
 SUBMITTED = "submitted.json"
+ENDING_SECONDS, LOOK_SECONDS = 120.0, 2.0  # for jobs that are being ended, as after a cancel
 LOCK = ".launching"  # in a graph's folder, while one launch submits
 
 
@@ -48,30 +50,58 @@ class Submission:
 
 
 def launch_cluster(
-    graph: Graph, runs_dir: Path, cluster: Cluster, permissions: Permissions = NO_PERMISSIONS, first: str | None = None
+    graph: Graph,
+    runs_dir: Path,
+    cluster: Cluster,
+    permissions: Permissions = NO_PERMISSIONS,
+    first: str | None = None,
+    doctor: bool = True,
 ) -> None:
     """Submit every stage of `graph` that is neither DONE nor queued, or of these `first` and what comes of it; print the jobs.
 
-    Raises before anything is submitted: as `launch --local` does, and `LaunchError` where a stage reads one neither done nor queued.
+    `doctor`: ask its quick checks first, and Slurm whether it takes the jobs. Raises before anything is submitted: as `launch --local`
+    does, and `LaunchError` where a stage reads one neither done nor queued.
     """
     folder = (runs_dir / graph.name).resolve()
     jobs_of(graph, folder, cluster, snapshot_path(runs_dir, code_hash()), Path.cwd())  # what no job can be made of is refused first
     wanted = descendants(graph, first) if first else {stage.name for stage in graph.stages}
     check_queued(graph, runs_dir, queued_jobs())  # where Slurm does not answer, nothing is written
     check_ready(graph, runs_dir, cluster, permissions)
+    if doctor:
+        refuse_what_would_fail(graph, cluster, runs_dir, by_jobs=True)
     runs, snapshot = make_ready(graph, runs_dir, cluster)
     with _alone(folder):
-        queue = queued_jobs()
         chosen = [run for run in runs if run.name in wanted]
+        queue, arrays = settled(chosen)
         check_parents(chosen, queue)
         for run, job in zip(runs, jobs_of(graph, folder, cluster, snapshot, Path.cwd(), permissions.words), strict=True):
             if run.path in queue:
                 add_joints(run, job)
             elif run in chosen and not is_finished(run):
                 write_job(run, job)
-        for number, line in enumerate(submit_all(chosen, queue, queued_parts()), start=1):
+        for number, line in enumerate(submit_all(chosen, queue, arrays), start=1):
             print(f"[{number}/{len(chosen)}] {_words(line)}", flush=True)
     print(f"megatron-ext status {os.path.relpath(folder)}")
+
+
+def settled(runs: Sequence[Run]) -> tuple[dict[Path, QueuedJob], dict[Path, list[QueuedJob]]]:
+    """The queue, and its arrays, once no job of these runs is ending: it may be gone in a moment, or requeued.
+
+    `LaunchError` where one takes longer than ENDING_SECONDS.
+    """
+    deadline = time.monotonic() + ENDING_SECONDS
+    while True:
+        queue, arrays = queued_jobs(), queued_parts()
+        jobs = [job for run in runs for job in (queue.get(run.path), *arrays.get(run.path, ())) if job is not None]
+        ending = sorted({job.job_id for job in jobs if job.state == "COMPLETING"})
+        if not ending:
+            return queue, arrays
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"job {', '.join(map(str, ending))} is ending since more than {ENDING_SECONDS:.0f} s, so whether its stage must be "
+                f"submitted is not known; see scontrol show job {ending[0]}, and launch again. Nothing was submitted"
+            )
+        time.sleep(LOOK_SECONDS)
 
 
 def descendants(graph: Graph, first: str) -> set[str]:
@@ -150,6 +180,7 @@ def submit_all(
     ids = {path: job.job_id for path, job in queue.items()}
     for run in runs:
         if run.path in queue:
+            _note(run, ids[run.path])
             yield Submission(run, ids[run.path])
         elif is_finished(run):
             yield Submission(run, None)
@@ -159,9 +190,15 @@ def submit_all(
             if num_parts(run.stage) > 1 and not arrays:
                 arrays = [submit(run.path / JOB_FOLDER / PARTS_SCRIPT, after)]
             ids[run.path] = submit(run.path / JOB_FOLDER / SCRIPT, after, arrays)
-            noted = {"job_id": ids[run.path], "after": after, "after_any": arrays, "submitted_at": time.time()}
-            write_json(run.path / JOB_FOLDER / SUBMITTED, noted)
+            _note(run, ids[run.path])
             yield Submission(run, ids[run.path], after, is_new=True, parts=arrays[-1] if arrays else None)
+
+
+def _note(run: Run, job_id: int) -> None:
+    """Note a run's newest job, by which its parent finds it; a launch that was killed may have left that undone."""
+    path = run.path / JOB_FOLDER / SUBMITTED
+    if not path.is_file() or read_json(path, "the newest job of a stage").get("job_id") != job_id:
+        write_json(path, {"job_id": job_id, "submitted_at": time.time()})
 
 
 def _words(line: Submission) -> str:

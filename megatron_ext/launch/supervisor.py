@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +25,18 @@ from typing import Any
 from megatron_ext.errors import EXIT_AGAIN, LaunchError
 from megatron_ext.launch import job_events, job_queue
 from megatron_ext.launch.job_events import say
-from megatron_ext.launch.job_ranks import rank_environment, read_secrets, without_secrets
+from megatron_ext.launch.job_ranks import rank_environment, read_secrets
 from megatron_ext.launch.job_step import srun_command, start_step
 from megatron_ext.launch.job_watch import LOST_NODE, UNREADY, Clock, Fault, Inbox, Joints, Pulse, Watch
+from megatron_ext.redaction import without_secrets
 
 EXIT_UNREACHED = 76  # of a rank of the node check that did not reach the first node
 CHECK_SECONDS = 600  # for the check of the nodes, torch's import on a cold file system included
 REQUEUE_SECONDS = 900  # a controller that is being restarted answers again within minutes
 RETRY_SECONDS = 5.0
 STEPS_SECONDS = 90.0  # Slurm's daemons try again at most a minute later to reach a controller
+END_SECONDS = 10.0  # before a job's time is over: what must still be done is done by then
+FOR_GOOD = re.compile("disabled|denied|invalid job id", re.IGNORECASE)  # in a refusal of Slurm's that asking again does not change
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Batch:
 
     def idle_starts(self) -> int:
         """How many starts in a row have not advanced the stage, up to now."""
-        return job_events.idle_starts(self.ledger.events(), self.start.job_id, job_events.newest_iteration(self.run))
+        return job_events.idle_starts(self.ledger.events(), self.start.job_id, job_events.progress_mark(self.run))
 
     def state(self) -> job_queue.JobState | None:
         """This job as Slurm sees it; None while no controller answers."""
@@ -88,6 +93,9 @@ def main(words: list[str]) -> int:
         ending = supervise(batch)
     except LaunchError as refusal:  # a person must mend it: another start would meet it again
         ending = Ending("stop", str(refusal), 1)
+    except (OSError, ValueError) as problem:  # a shared file system that stumbles must not end the chain
+        say(without_secrets(traceback.format_exc(), batch.secrets))
+        ending = judge(batch, 1, Fault("supervisor", f"the job's own process failed: {type(problem).__name__}: {problem}"), "")
     return carry_out(batch, ending)
 
 
@@ -123,7 +131,11 @@ def supervise(batch: Batch) -> Ending:
     )  # fmt: skip
     batch.ledger.append("ranks")
     step = start_step(srun_command(batch.job, batch.job["command"]), environment, frozenset((0, EXIT_AGAIN)))
-    fault = watch.until_end(step)
+    try:
+        fault = watch.until_end(step)
+    except (OSError, ValueError):
+        step.kill(batch.start.job_id, batch.start.restart_count)
+        raise
     if fault and fault.cause == LOST_NODE:
         return judge(batch, 1, fault, watch.asked)
     code = step.exit_code()
@@ -146,7 +158,7 @@ def note_start(batch: Batch) -> None:
     state = batch.state()
     times = {name: getattr(state, name, None) for name in ("submitted_at", "eligible_at", "started_at", "ends_at")}
     batch.clock.ends_at = times["ends_at"]
-    batch.ledger.append("start", iteration=job_events.newest_iteration(batch.run), **times)
+    batch.ledger.append("start", iteration=job_events.progress_mark(batch.run), **times)
     where = f"job {batch.start.job_id}, start {batch.start.restart_count}, on {', '.join(batch.nodes)}"
     say(f"{batch.job['graph']}/{batch.job['stage']}: {where}")
 
@@ -154,7 +166,7 @@ def note_start(batch: Batch) -> None:
 def check_nodes(batch: Batch) -> Ending | None:
     """Whether the nodes are fit, where the cluster asks for it; an ending where the ranks must not be started on them."""
     wanted = batch.job["node_check"]
-    if wanted == "never" or (wanted == "first" and batch.start.restart_count > 0):
+    if wanted == "never" or (wanted == "first" and not job_events.must_check(batch.ledger.events(), batch.start)):
         return None
     result_path = batch.run / job_events.CHECK
     result_path.unlink(missing_ok=True)
@@ -163,10 +175,11 @@ def check_nodes(batch: Batch) -> Ending | None:
     deadline = time.monotonic() + CHECK_SECONDS
     while step.running() and not batch.inbox.asked() and time.monotonic() < deadline:
         step.wait(1.0)
+    bad_node = step.bad_end.node if step.bad_end else ""  # before the kill, which makes all nodes look bad
     step.kill(batch.start.job_id, batch.start.restart_count)
     if batch.inbox.asked():
         return judge(batch, EXIT_AGAIN, None, signal.Signals(batch.inbox.signals[0]).name)
-    return judge_nodes(batch, step.exit_code(), result_path, step.bad_end.node if step.bad_end else "")
+    return judge_nodes(batch, step.exit_code(), result_path, bad_node)
 
 
 def check_command(batch: Batch) -> list[str]:
@@ -189,10 +202,16 @@ def judge_nodes(batch: Batch, code: int, result_path: Path, bad_node: str) -> En
     for name, why in result["slow"].items():
         batch.ledger.append("fault", cause="slow node", words=f"{name}: {why}", node=name)
     if not result["broken"] and not code:
+        batch.ledger.append(job_events.CHECKED)
         return None
     words = "; ".join(f"{name}: {why}" for name, why in result["broken"].items()) or result["words"]
     ending = judge(batch, code or 1, Fault("node", words), "")
-    return Ending(ending.decision, ending.reason, ending.exit_code, sorted(result["broken"]))
+    return Ending(ending.decision, ending.reason, ending.exit_code, to_exclude(batch.nodes, sorted(result["broken"])))
+
+
+def to_exclude(nodes: list[str], broken: list[str]) -> list[str]:
+    """The broken nodes, but for what is amiss on most: a cause that they share, as a missing folder, would meet the next nodes too."""
+    return broken if len(nodes) == 1 or len(broken) <= len(nodes) / 2 else []
 
 
 def judge(batch: Batch, code: int, fault: Fault | None, asked: str) -> Ending:
@@ -223,8 +242,9 @@ def judge(batch: Batch, code: int, fault: Fault | None, asked: str) -> Ending:
 
 
 def is_cancelled(state: job_queue.JobState, clock: Clock) -> bool:
-    """Whether somebody ended the job for good: it runs no more, was not requeued, and its time was not over."""
-    return state.state not in ("RUNNING", "SUSPENDED", "TIMEOUT", "PREEMPTED") and clock.left_seconds() > 1
+    """Whether somebody ended the job for good: it runs no more, was neither requeued nor preempted, and its time was not over."""
+    ended = state.state not in ("RUNNING", "SUSPENDED", "TIMEOUT", "PREEMPTED")
+    return ended and not state.preempted_at and clock.left_seconds() > 1
 
 
 def note_fault(batch: Batch, fault: Fault) -> None:
@@ -242,8 +262,10 @@ def note_fault(batch: Batch, fault: Fault) -> None:
 
 def idle_words(batch: Batch, idle: int) -> str:
     """The one message of a stage that is given up."""
-    iteration = job_events.newest_iteration(batch.run)
-    held = "without a first checkpoint" if iteration is None else f"without a checkpoint newer than iteration {iteration:,}"
+    mark = job_events.progress_mark(batch.run)
+    held = "without a first checkpoint" if mark is None else f"without a checkpoint newer than iteration {mark:,}"
+    if batch.job["kind"] == "tokenize":
+        held = f"without more finished slices than {mark or 0:,}"
     faults = [e for e in batch.ledger.events() if e["event"] == "fault" and e["job_id"] == batch.start.job_id]
     last = f" The last fault: {faults[-1]['words']}." if faults else ""
     return (
@@ -270,7 +292,7 @@ def carry_out(batch: Batch, ending: Ending) -> int:
 def note_end(batch: Batch, ending: Ending) -> None:
     """Ledger and log: what becomes of the job."""
     reason = without_secrets(ending.reason, batch.secrets)
-    iteration = job_events.newest_iteration(batch.run)
+    iteration = job_events.progress_mark(batch.run)
     batch.ledger.append("end", exit_code=ending.exit_code, decision=ending.decision, reason=reason, iteration=iteration)
     say(f"{ending.decision}: {reason}")
 
@@ -285,11 +307,13 @@ def put_back(batch: Batch) -> str:
         try:
             if state:  # without an answer, a requeue could hit the start that has taken this one's place
                 await_steps(batch)
+                if is_cancelled(job_queue.job_state(batch.start.job_id), batch.clock):
+                    return "cancelled"  # Slurm would take the requeue all the same
                 job_queue.requeue(batch.start.job_id)
                 return ""
         except job_queue.SlurmError as refusal:
             why = str(refusal)
-            if batch.state():
+            if FOR_GOOD.search(why):
                 break
         time.sleep(RETRY_SECONDS)
     return (
@@ -303,7 +327,7 @@ def await_steps(batch: Batch) -> None:
 
     What ends while the controller is away tells it late, and a node that is asked meanwhile to kill it is drained as unable to.
     """
-    deadline = time.monotonic() + STEPS_SECONDS
+    deadline = time.monotonic() + min(STEPS_SECONDS, batch.clock.left_seconds() - END_SECONDS)
     while job_queue.step_ids(batch.start.job_id, batch.start.restart_count) and time.monotonic() < deadline:
         time.sleep(1.0)
 

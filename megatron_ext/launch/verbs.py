@@ -8,7 +8,7 @@ from typing import NamedTuple
 from megatron_ext.attempts import RECORD
 from megatron_ext.errors import RunError
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions, become_ranks
-from megatron_ext.runs import ATTEMPTS, Run, attempt_numbers, open_run, read_done, read_json
+from megatron_ext.runs import ATTEMPTS, PARTS, Run, attempt_numbers, open_run, read_done, read_json
 from megatron_ext.snapshot import check_own_snapshot, code_hash, snapshot_command, snapshot_path
 
 
@@ -94,12 +94,18 @@ def attempt_codes(run: Run) -> dict[int, str]:
     return {number: str(record["code_hash"]) for number, record in records.items() if "code_hash" in record}
 
 
+def parts_codes(run: Run) -> dict[int, str]:
+    """Number 0 -> hash of the code that the newest part ran, which worked ahead of all attempts; empty where there was none."""
+    path = run.path / PARTS
+    return {0: str(read_json(path, "which code parts of a stage ran")["code_hash"])} if path.is_file() else {}
+
+
 def check_code(run: Run, here: str | None = None) -> None:
     """`RunError` where a stage would go on with other code (hash `here`, default: this process's) than its newest attempt ran.
 
     What is done anew as a whole, a report, may.
     """
-    codes = attempt_codes(run)
+    codes = {**parts_codes(run), **attempt_codes(run)}
     if not codes or RUN_VERBS[run.stage.kind].repeats:
         return
     newest = max(codes)
@@ -112,8 +118,9 @@ def check_code(run: Run, here: str | None = None) -> None:
         if snapshot.is_dir()
         else f"bring the old code back yourself (there is no snapshot of it at {snapshot})"
     )
+    what = f"attempt {newest}" if newest else "a part"
     raise RunError(
-        f"{run.path}: attempt {newest} of stage '{run.name}' ran code {old[:12]}, and this is code {here[:12]}: the rest of its numbers "
+        f"{run.path}: {what} of stage '{run.name}' ran code {old[:12]}, and this is code {here[:12]}: the rest of its numbers "
         f"could differ from the first part. Add --other-code to go on with this code (each attempt records its own; tree, diff and "
         f"report show it), or {way_back}"
     )

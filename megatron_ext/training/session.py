@@ -21,8 +21,10 @@ import torch.distributed as dist
 
 from megatron_ext import device, interruption
 from megatron_ext.attempts import Attempt, begin_attempt, pulse
+from megatron_ext.config.base import content_hash
 from megatron_ext.distributed import Groups, broadcast_object, environment_ranks, process_groups
 from megatron_ext.errors import Interrupted, MegatronExtError
+from megatron_ext.redaction import own_secrets, without_secrets
 from megatron_ext.runs import Run
 from megatron_ext.training.stopping import has_begun
 
@@ -55,7 +57,8 @@ def _log_path(run: Run, attempt: Attempt, groups: Groups) -> Path:
         return attempt.log_path
     if groups.is_last_stage and groups.data_rank == 0 and groups.tensor_rank == 0:
         return attempt.path / f"log.rank{groups.rank}.txt"
-    return Path(tempfile.gettempdir()) / f"megatron_ext.{run.graph}.{run.name}.{attempt.number}.rank{groups.rank}.txt"
+    whose = f"{os.getuid()}.{content_hash(str(run.path))[:8]}"  # a node's folder for all: others may run the same recipe
+    return Path(tempfile.gettempdir()) / f"megatron_ext.{whose}.{run.graph}.{run.name}.{attempt.number}.rank{groups.rank}.txt"
 
 
 @contextlib.contextmanager
@@ -107,7 +110,7 @@ def _recording_end(attempt: Attempt, rank: int, terminal: TextIO) -> Iterator[No
 
 
 def _record_failure(attempt: Attempt, rank: int, error: BaseException) -> None:
-    text = traceback.format_exc()
+    text = without_secrets(traceback.format_exc(), own_secrets())
     print(text, file=sys.stderr)
     (attempt.path / f"rank_{rank:05d}.error.txt").write_text(text, encoding="utf-8")
     if rank == 0:

@@ -108,6 +108,7 @@ def main() -> int:
         return work(attempt, json.loads((RUN / "orders.json").read_text()))
     except ValueError:
         (attempt / f"rank_{RANK:05d}.error.txt").write_text(traceback.format_exc())
+        traceback.print_exc()
         return 1
 
 

@@ -59,11 +59,12 @@ def wait_for_all(cluster: Sandbox, folder: Path, stages: list[str]) -> None:
     def over() -> bool:
         return all((folder / stage / DONE).is_file() for stage in stages) or not cluster.output(["squeue", "--noheader"])
 
-    until(over, lambda: megatron_ext(cluster, "status", folder), timeout_seconds=280)
+    until(over, lambda: megatron_ext(cluster, "status", folder), timeout_seconds=400)
     assert all((folder / stage / DONE).is_file() for stage in stages), megatron_ext(cluster, "status", folder)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the graph twice, beside other tests
 def test_the_graph_runs_to_its_report_and_equals_a_local_run(cluster: Sandbox, shared_path: Path) -> None:
     (secrets := shared_path / "secrets").write_text(f"WANDB_API_KEY={IN_FILE}\n")
     secrets.chmod(0o600)
@@ -85,7 +86,7 @@ def test_the_graph_runs_to_its_report_and_equals_a_local_run(cluster: Sandbox, s
     for canary in (*CANARIES.values(), IN_FILE):
         assert [path for path in found if canary.encode() in path.read_bytes()] == []
 
-    call([sys.executable, "-m", "megatron_ext", "launch", "demo:smoke", *TWO_RANKS, "--local", "--runs", local], timeout_seconds=280)
+    call([sys.executable, "-m", "megatron_ext", "launch", "demo:smoke", *TWO_RANKS, "--local", "--runs", local], timeout_seconds=400)
     for stage in [name for name in stages if (runs / "smoke" / name / "checkpoints").is_dir()]:
         ours, theirs = (open_run(folder / "smoke" / stage) for folder in (runs, local))
         assert data(ours), stage
@@ -127,7 +128,7 @@ def test_an_array_does_the_slices_and_the_stage_puts_them_together(cluster: Sand
     assert [path.stat().st_mtime_ns < began for path in records] == [True] * sum(shares) + [False] * (len(records) - sum(shares))
     assert len(records) > sum(shares), "the stage itself did the part that never came"
 
-    call([sys.executable, "-m", "megatron_ext", "launch", recipe, "--local", "--runs", shared_path / "local"], timeout_seconds=280)
+    call([sys.executable, "-m", "megatron_ext", "launch", recipe, "--local", "--runs", shared_path / "local"], timeout_seconds=400)
     theirs = shared_path / "local" / "text" / "corpus"
     for path in sorted((folder / "corpus" / "shards").rglob("*.*")):
         if path.suffix in (".bin", ".idx", ".ids"):

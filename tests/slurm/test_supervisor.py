@@ -350,12 +350,13 @@ def test_a_broken_node_is_left_out_of_the_next_start(slurm: Sandbox, folder: Pat
     for node in slurm.nodes:
         slurm.on(node, ["mkdir", "/tmp/scratch"])
     assert slurm.on("n2", ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/tmp/scratch"]).returncode == 0
-    job = Job(slurm, folder / "checked", {}, node_check="always", scratch="/tmp/scratch").submit()
+    killed_later = {"fault": {"rank": 1, "step": 3, "kind": "kill", "start": "1"}}
+    job = Job(slurm, folder / "checked", killed_later, node_check="first", scratch="/tmp/scratch").submit()
     assert job.ended() == "COMPLETED"
-    first, second = job.events("start")
-    assert (first["nodes"], second["nodes"]) == (["n1", "n2"], ["n1", "n3"])
+    assert [start["nodes"] for start in job.events("start")] == [["n1", "n2"], ["n1", "n3"], ["n1", "n3"]]
     assert "n2: disk write: OSError: [Errno 28] No space left on device" in job.events("fault")[0]["words"]
-    assert {event["restart_count"] for event in job.events("ranks")} == {1}
+    assert [event["restart_count"] for event in job.events("ranks")] == [1, 2]
+    assert [event["restart_count"] for event in job.events("checked")] == [1, 2], "checked again after a fault"
     assert job.shown("ExcNodeList") == "n2"
     result = json.loads((job.path / "job/node_check.json").read_text())
     assert set(result["seconds"]["n3"]) >= {"matrix product", "disk write", "all-reduce between nodes"}

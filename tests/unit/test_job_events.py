@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.attempts import Attempt
 from megatron_ext.json_lines import read_json_lines
 from megatron_ext.launch import job_events
 from megatron_ext.launch.job_events import PREEMPTED, Ledger, Start, idle_starts, lost_starts
 from megatron_ext.launch.job_queue import without_parent
-from megatron_ext.launch.job_ranks import read_secrets, without_secrets
+from megatron_ext.launch.job_ranks import rank_environment, read_secrets
 from megatron_ext.launch.job_step import rank_numbers
+from megatron_ext.redaction import SECRETS, without_secrets
 
 ROOT = Path(__file__).resolve().parents[2]
 N = None
@@ -122,6 +124,29 @@ def test_a_secret_is_taken_out_of_texts(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("TOKEN", "abc")
     secrets = read_secrets({"secrets": ["TOKEN"], "secrets_file": ""})
     assert without_secrets("xabcx", secrets) == "x<TOKEN>x"
+
+
+def test_what_is_written_of_an_end_names_a_secret_and_does_not_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "abc")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    given = rank_environment({"environment": {}}, ["n1"], 0, {"TOKEN": "abc"})
+    monkeypatch.setenv(SECRETS, given[SECRETS])
+    Attempt(1, tmp_path).finish("failed", error="OSError: https://abc@host", step=3)
+    assert json.loads((tmp_path / "exit.json").read_text()) | {"at": ""} == {
+        "reason": "failed", "at": "", "error": "OSError: https://<TOKEN>@host", "step": 3,
+    }  # fmt: skip
+    monkeypatch.delenv(SECRETS)
+    Attempt(1, tmp_path).finish("failed", error="abc")
+    assert "abc" in (tmp_path / "exit.json").read_text()
+
+
+def test_slices_are_what_a_tokenize_stage_advances_by(tmp_path: Path) -> None:
+    assert job_events.progress_mark(tmp_path) is None
+    (tmp_path / "shards/web").mkdir(parents=True)
+    for name in ("slice-00000.json", "slice-00011.json", ".slice-00012.json.7.tmp", "train-00011.json"):
+        (tmp_path / "shards/web" / name).touch()
+    assert job_events.progress_mark(tmp_path) == 2
+    assert job_events.newest_iteration(tmp_path) is None
 
 
 SUPERVISOR = ("job_events", "job_queue", "job_ranks", "job_step", "job_watch", "supervisor")

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
-    ("errors", "interruption", "json_lines"), ("config",),
+    ("errors", "interruption", "json_lines", "redaction"), ("config",),
     ("runs", "snapshot", "attempts", "provenance", "tracker", "metrics", "progress", "estimators", "run_times", "goodput"),
     ("tokenizer", "device", "cpu_megatron", "distributed", "node_check"), ("tasks",),
     ("data",), ("model",), ("checkpoint",), ("conversion",), ("training",), ("generation",), ("evaluation",), ("rl",),
@@ -26,7 +26,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 LOOKING = {"reports", "launch"}  # read run folders, never objects
 TORCH_FREE = {
     "errors", "config", "runs", "snapshot", "attempts", "provenance", "tracker", "metrics", "progress", "estimators", "run_times",
-    "goodput", "launch", "reports", "interruption", "json_lines", "__main__",
+    "goodput", "launch", "reports", "interruption", "json_lines", "redaction", "__main__",
 }  # fmt: skip
 HEAVY = {"torch", "megatron", "transformer_engine", "transformers", "datatrove"}
 MAY_NAME_CUDA = {"megatron_ext/device.py", "megatron_ext/cpu_megatron.py", "megatron_ext/generation/vllm_engine.py"}
