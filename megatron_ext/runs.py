@@ -67,6 +67,12 @@ def science_hash(stage: Any, input_hashes: dict[str, str]) -> str:
     return content_hash({"science": science(stage), "inputs": input_hashes})
 
 
+def brief(path: str | Path) -> str:
+    """A path for a message: from the present folder where it lies below that, else as it is."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
 def atomic_write(path: Path, text: str) -> None:
     """Write a whole file or none: aside, fsynced, renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from megatron_ext.launch.slurm import cancel, queued_jobs, queued_parts
 from megatron_ext.launch.tree import find_runs
+from megatron_ext.runs import brief
 
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 
@@ -23,7 +23,7 @@ def cancel_command(runs: Path) -> None:
     in_order = sorted(found, key=lambda item: (item[1].state in RUNNING, -item[1].job_id))
     cancel([*(job.job_id for _, job in in_order), *arrays])
     for job_id, path in arrays.items():
-        print(f"{os.path.relpath(path)}: its parts in array {job_id} cancelled")
+        print(f"{brief(path)}: its parts in array {job_id} cancelled")
     for path, job in reversed(in_order):
-        print(f"{os.path.relpath(path)}: job {job.job_id} ({job.state.lower()}) cancelled")
+        print(f"{brief(path)}: job {job.job_id} ({job.state.lower()}) cancelled")
     print("Jobs that waited for these, and for nothing else, are cancelled by Slurm; the same launch submits what is missing again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from megatron_ext.config.schedule import learning_rate
 from megatron_ext.config.stages import Branch, RLStage, TrainStage, Weights
 from megatron_ext.errors import CheckpointError, DamagedCheckpointError, RunError
 from megatron_ext.provenance import MANIFEST, Manifest, file_sha256, read_manifest
-from megatron_ext.runs import CHECKPOINTS, RECIPE, Run, open_run
+from megatron_ext.runs import CHECKPOINTS, RECIPE, Run, brief, open_run
 from megatron_ext.tracker import iteration_path, read_tracker
 
 
@@ -85,7 +84,7 @@ def parent_change(joint: Joint) -> str:
     if joint.checkpoint is None:
         return ""
     path = joint.checkpoint / MANIFEST
-    name = os.path.relpath(joint.checkpoint)
+    name = brief(joint.checkpoint)
     if not path.is_file():
         return f"its parent checkpoint {name} is gone"
     found = file_sha256(path)

@@ -33,6 +33,7 @@ from megatron_ext.runs import (
     EXPORTS,
     Run,
     attempt_numbers,
+    brief,
     read_done,
     read_json,
 )
@@ -73,7 +74,7 @@ def launch_local(
 
 
 def _anew(run: Run) -> str:
-    return f"remove {os.path.relpath(run.path)} and launch again to train it from what its parent holds now"
+    return f"remove {brief(run.path)} and launch again to train it from what its parent holds now"
 
 
 def _missing_exports(run: Run, stage: Any) -> list[str]:
@@ -89,7 +90,7 @@ def _exported_steps(stage: Any) -> tuple[int, ...]:
 
 
 def _export(run: Run, name: str) -> str:
-    folder = os.path.relpath(run.path)
+    folder = brief(run.path)
     return f"megatron-ext convert megatron-to-hf {folder}/{CHECKPOINTS}/{name} {folder}/{EXPORTS}/{name}"
 
 
@@ -181,7 +182,7 @@ def summary_text(runs: list[Run]) -> str:
         learnt = accuracy_words(run) if run.stage.kind == "rl" else ""
         rows.append([run.name, run.stage.kind, come.state, f"{_seconds(run):.0f}", tokens, loss, learnt])
     pages = [page for run in runs if run.stage.kind == "report" and (page := run.path / "index.html").is_file()]
-    return "\n".join(["", *columns(rows), *(f"report: {os.path.relpath(page)}" for page in pages)])
+    return "\n".join(["", *columns(rows), *(f"report: {brief(page)}" for page in pages)])
 
 
 def _seconds(run: Run) -> float:

@@ -5,7 +5,6 @@ Read from run folders, as `tree` is; the queue is asked where there is a Slurm.
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ from megatron_ext.launch.slurm import QueuedJob, has_slurm, queued_jobs, queued_
 from megatron_ext.launch.tree import columns, depth, find_runs, in_order, progress, state
 from megatron_ext.launch.tree_rl import step_words
 from megatron_ext.metrics import read_metrics
-from megatron_ext.runs import Run, attempt_numbers
+from megatron_ext.runs import Run, attempt_numbers, brief
 
 LOOK_SECONDS = 5.0
 RECENT_STEPS = 20  # that the time left is reckoned from
@@ -73,7 +72,7 @@ def _graph_text(folder: Path, runs: list[Run], queue: Queue) -> str:
     rows = [["stage", "state", "job", "attempts", "progress", "left"], *(_row(run, queue) for run in ordered)]
     ends = [line for run in ordered if run.path not in queue.jobs for line in _last_words(run)]
     times = _time_words([run for run in ordered if isinstance(run.stage, TrainStage | RLStage) and attempt_numbers(run.path)])
-    return "\n".join([f"{runs[0].graph}  ({os.path.relpath(folder)})", *(f"  {line}" for line in columns(rows)), *times, *ends])
+    return "\n".join([f"{runs[0].graph}  ({brief(folder)})", *(f"  {line}" for line in columns(rows)), *times, *ends])
 
 
 def _time_words(runs: list[Run]) -> list[str]:
@@ -108,7 +107,7 @@ def _state(run: Run, job: QueuedJob | None, parts: Sequence[QueuedJob]) -> str:
         return f"waits for {len(parts)} of its {num_parts(run.stage)} parts, {running} running"
     if job.state == "PENDING":
         why = {"Dependency": "waits for its parents", "BeginTime": "waits to start again"}
-        return why.get(job.reason, f"queued ({job.reason})")
+        return why.get(job.reason, f"queued ({job.reason})" if job.reason not in ("", "None") else "queued")
     return f"{job.state.lower()} on {job.nodes}" if job.nodes else job.state.lower()
 
 
@@ -157,5 +156,5 @@ def _last_words(run: Run) -> list[str]:
     log = newest_log_or_none(run)
     lines = [f"{run.name}: {end['decision']}: {end['reason']}"] if end else []
     if log is not None and (words := last_line(log)):
-        lines.append(f"{run.name}: {os.path.relpath(log)} ends: {words[:SHOWN]}")
+        lines.append(f"{run.name}: {brief(log)} ends: {words[:SHOWN]}")
     return lines

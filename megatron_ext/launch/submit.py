@@ -30,7 +30,7 @@ from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions
 from megatron_ext.launch.ready import check_ready, is_finished, make_ready
 from megatron_ext.launch.render import JOB, JOB_FOLDER, PARTS_SCRIPT, SCRIPT, Job, jobs_of, num_parts, scripts_of
 from megatron_ext.launch.slurm import QueuedJob, queued_jobs, queued_parts, submit
-from megatron_ext.runs import Run, atomic_write, differences, open_run, read_json, write_json
+from megatron_ext.runs import Run, atomic_write, brief, differences, open_run, read_json, write_json
 from megatron_ext.snapshot import code_hash, snapshot_path
 
 SUBMITTED = "submitted.json"
@@ -81,7 +81,7 @@ def launch_cluster(
                 write_job(run, job)
         for number, line in enumerate(submit_all(chosen, queue, arrays), start=1):
             print(f"[{number}/{len(chosen)}] {_words(line)}", flush=True)
-    print(f"megatron-ext status {os.path.relpath(folder)}")
+    print(f"megatron-ext status {brief(folder)}")
 
 
 def settled(runs: Sequence[Run]) -> tuple[dict[Path, QueuedJob], dict[Path, list[QueuedJob]]]:
@@ -126,7 +126,7 @@ def check_queued(graph: Graph, runs_dir: Path, queue: dict[Path, QueuedJob]) -> 
         if lines:
             raise LaunchError(
                 f"{path}: stage '{stage.name}' is queued as job {queue[path].job_id} with another recipe:\n  " + "\n  ".join(lines) + "\n"
-                f"Launch it as it was, or cancel it first: megatron-ext cancel {os.path.relpath(path)}. Nothing was submitted"
+                f"Launch it as it was, or cancel it first: megatron-ext cancel {brief(path)}. Nothing was submitted"
             )
 
 

@@ -28,7 +28,7 @@ from megatron_ext.launch.tree_rl import accuracy_words, step_words
 from megatron_ext.launch.verbs import attempt_codes
 from megatron_ext.metrics import read_metrics
 from megatron_ext.provenance import Manifest, read_corpus
-from megatron_ext.runs import ATTEMPTS, EXPORTS, RECIPE, Run, attempt_numbers, open_run, read_done, read_json
+from megatron_ext.runs import ATTEMPTS, EXPORTS, RECIPE, Run, attempt_numbers, brief, open_run, read_done, read_json
 from megatron_ext.snapshot import code_words
 from megatron_ext.tracker import newest, published
 
@@ -84,7 +84,7 @@ def _graph_text(folder: Path, runs: list[Run]) -> str:
     drawn = [*before, *(line for root in roots for line in _branches(root, children, by_path)), *after]
     made = [progress(line.run) for line in drawn]
     rows = [[line.mark + line.run.name, line.run.stage.kind, *_cells(line.run, done)] for line, done in zip(drawn, made, strict=True)]
-    text = [f"{runs[0].graph}  ({os.path.relpath(folder)})"]
+    text = [f"{runs[0].graph}  ({brief(folder)})"]
     for line, row, done in zip(drawn, columns(rows), made, strict=True):
         text += [f"  {row}", *(f"  {line.below}{note}" for note in notes(line.run, done))]
     return "\n".join([*text, *(f"  {words}" for run in runs for words in _error_lines(run))])
