@@ -182,7 +182,11 @@ def live_attempt(run_path: Path) -> Attempt | None:
 
 def _refuse_beside_owner(run: Run) -> None:
     owner = live_attempt(run.path)
-    if owner is None or os.environ.get(TAKE_OVER) == "1" or _falls_silent(owner):
+    if owner is None or os.environ.get(TAKE_OVER) == "1":
+        return
+    if _falls_silent(owner):
+        if (owner.path / EXIT).is_file() and run.is_done():
+            raise RunError(f"{run.path}: {owner.describe()} has finished stage '{run.name}' meanwhile; there is nothing left to do")
         return
     raise RunError(
         f"{run.path}: {owner.describe()} is at work on stage '{run.name}'; wait for it or stop it. "

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import stat
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.config.cluster import Cluster, Slurm
 from megatron_ext.errors import ConfigError, LaunchError
@@ -18,6 +21,7 @@ from megatron_ext.launch.render import PARTS_SCRIPT, Job, jobs_of, scripts_of
 from megatron_ext.launch.slurm import queued_jobs, refusal
 from megatron_ext.snapshot import code_hash, snapshot_path
 
+HAS_PACKAGES = "import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ('torch', 'megatron', 'pydantic'))))"
 NVIDIA_APEX = ("optimizers", "normalization", "multi_tensor_apply")  # what Megatron-Core imports of it
 
 
@@ -31,7 +35,7 @@ def cluster_findings(graph: Graph, cluster: Cluster | None, runs: Path, stages: 
     except (ConfigError, LaunchError) as refused:
         return [error("job", str(refused))]
     wanted = [job for job in jobs if job.stage in stages]
-    return [*_accepted(wanted), *_image(slurm), *_secrets(slurm, wanted), *_apex(slurm)]
+    return [*_accepted(wanted), *_pythons(slurm), *_image(slurm), *_secrets(slurm, wanted), *_apex(slurm)]
 
 
 def _accepted(jobs: Sequence[Job]) -> list[Finding]:
@@ -42,20 +46,43 @@ def _accepted(jobs: Sequence[Job]) -> list[Finding]:
         queued_jobs()
     except LaunchError as silence:
         return [warning(what, f"whether it takes the jobs is not known: {str(silence).splitlines()[0]}", way_out)]
-    kinds = {(job.partition, job.nodes, job.tasks_per_node, job.gpus_option, job.memory, job.constraint, job.parts): job for job in jobs}
+    answers: dict[tuple[Any, ...], str] = {}
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for job in kinds.values():
-            for name, text in scripts_of(job).items():
+        for job, name, text in [(one, *script) for one in jobs for script in scripts_of(one).items()]:
+            times = job.parts if name == PARTS_SCRIPT else 1
+            kind = (job.partition, job.nodes, job.tasks_per_node, job.gpus_option, job.memory, job.constraint, times)
+            if kind not in answers:
                 script = Path(folder) / name
                 script.write_text(text, encoding="utf-8")
-                problem = refusal(script)
-                shape = f"{job.nodes} node(s) of {job.partition or 'the default partition'}, {job.tasks_per_node} task(s) on each"
-                shape += f", {job.parts} times in an array" if name == PARTS_SCRIPT else ""
-                if problem:
-                    found.append(error(what, f"{shape}: {problem}", "mend slurm of the cluster, or the plan", job.stage))
-                else:
-                    found.append(ok(what, f"takes {shape}", job.stage))
+                answers[kind] = refusal(script)
+            shape = f"{job.nodes} node(s) of {job.partition or 'the default partition'}, {job.tasks_per_node} task(s) on each"
+            shape += f", {times} times in an array" if times > 1 else ""
+            if answers[kind]:
+                found.append(error(what, f"{shape}: {answers[kind]}", "mend slurm of the cluster, or the plan", job.stage))
+            else:
+                found.append(ok(what, f"takes {shape}", job.stage))
+    return found
+
+
+def _pythons(slurm: Slurm) -> list[Finding]:
+    """Whether the interpreters that jobs start are any good, as far as this machine can tell: nodes may have others."""
+    if slurm.setup:
+        return []  # which may bring them
+    wanted = [("host_python", slurm.host_python, "import sys; sys.exit(sys.version_info < (3, 9))", "is older than Python 3.9")]
+    if slurm.container.runtime == "none":
+        wanted.append(("python", slurm.python, HAS_PACKAGES, "lacks torch, megatron-core or pydantic"))
+    found = []
+    for key, python, code, problem in wanted:
+        path = shutil.which(python)
+        if path is None:
+            text = f"slurm.{key} is {python}, which is not on this machine"
+        elif subprocess.run([path, "-c", code], capture_output=True, check=False).returncode:
+            text = f"slurm.{key} is {path} here, and {problem}"
+        else:
+            found.append(ok("Python", f"slurm.{key} is {path}"))
+            continue
+        found.append(warning("Python", text, f"name one that the nodes have as slurm.{key}, or activate the environment before you launch"))
     return found
 
 

@@ -25,6 +25,7 @@ from megatron_ext.launch.failures import failure_text
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions, thread_environment
 from megatron_ext.launch.ready import check_ready, is_finished, make_ready, time_of
+from megatron_ext.launch.slurm import has_slurm, queued_jobs
 from megatron_ext.launch.tree import columns, progress
 from megatron_ext.launch.tree_rl import accuracy_words
 from megatron_ext.runs import (
@@ -57,6 +58,7 @@ def launch_local(
     Later: `LaunchError` where a stage fails.
     """
     check_ready(graph, runs_dir, cluster, permissions)
+    _refuse_beside_jobs(graph, runs_dir)
     if doctor:
         refuse_what_would_fail(graph, cluster, runs_dir)
     runs, snapshot = make_ready(graph, runs_dir, cluster)
@@ -71,6 +73,21 @@ def launch_local(
         print(line, flush=True)
         run_stage(run, snapshot, permissions)
     print(summary_text(runs), flush=True)
+
+
+def _refuse_beside_jobs(graph: Graph, runs_dir: Path) -> None:
+    """`LaunchError` where Slurm has jobs for these run folders: both would do the same stages. Without a Slurm there are none."""
+    try:
+        queue = queued_jobs() if has_slurm() else {}
+    except LaunchError:
+        return  # a Slurm that does not answer starts nothing either; whoever is at work owns its folder
+    paths = [(runs_dir / graph.name / stage.name).resolve() for stage in graph.stages]
+    jobs = [f"{path.name} (job {queue[path].job_id})" for path in paths if path in queue]
+    if jobs:
+        raise LaunchError(
+            f"{brief(runs_dir / graph.name)}: Slurm has jobs for {', '.join(jobs)}; let them do it, or cancel them first: "
+            f"megatron-ext cancel {brief(runs_dir / graph.name)}. Nothing was started"
+        )
 
 
 def _anew(run: Run) -> str:

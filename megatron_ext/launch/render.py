@@ -24,6 +24,7 @@ from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.job_events import COMMENT, PART_COMMENT
 from megatron_ext.launch.joints import joint_step
 from megatron_ext.launch.plan_rl import check_gpus
+from megatron_ext.launch.plan_words import size
 from megatron_ext.launch.ranks import thread_environment
 from megatron_ext.runs import CHECKPOINTS
 from megatron_ext.snapshot import PACKAGE, snapshot_environment
@@ -233,7 +234,7 @@ def _check_fit(stage: Any, cluster: Cluster, slurm: Slurm) -> None:
 def _check_time(stage: TrainStage | RLStage, slurm: Slurm) -> None:
     """A job must have time for a save after it is told to stop, and for work before that."""
     need = math.ceil(save_seconds(stage, slurm))
-    arithmetic = f"a checkpoint of {checkpoint_bytes(stage.model, stage.precision, stage.plan) / 1e9:.1f} GB at "
+    arithmetic = f"a checkpoint of {size(checkpoint_bytes(stage.model, stage.precision, stage.plan))} at "
     arithmetic += f"slurm.write_bytes_per_second {slurm.write_bytes_per_second:.3g} takes {need} s"
     if need > slurm.signal_seconds:
         raise ConfigError(

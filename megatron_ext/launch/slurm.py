@@ -107,8 +107,11 @@ def _run(words: list[str]) -> str:
         done = subprocess.run(words, env=_environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
     except FileNotFoundError:
         raise LaunchError(f"{words[0]}: no such command: this machine has no Slurm; go to a login node of the cluster") from None
-    except subprocess.TimeoutExpired:
-        raise LaunchError(f"{shlex.join(words)}: no answer in {LIMIT_SECONDS} s; is Slurm's controller up? (scontrol ping)") from None
+    except subprocess.TimeoutExpired as late:
+        said = f" It said: {late.stderr.decode(errors='replace').strip()}." if late.stderr else ""
+        raise LaunchError(
+            f"{shlex.join(words)}: not done in {LIMIT_SECONDS} s.{said} Is Slurm's controller up (scontrol ping), and has its queue room?"
+        ) from None
     if done.returncode:
         raise LaunchError(f"{shlex.join(words)}: Slurm refused it: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

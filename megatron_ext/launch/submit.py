@@ -22,6 +22,7 @@ import psutil
 
 from megatron_ext.config.base import Json, to_json
 from megatron_ext.config.cluster import Cluster
+from megatron_ext.config.stages import TrainStage
 from megatron_ext.errors import LaunchError
 from megatron_ext.launch.doctor import refuse_what_would_fail
 from megatron_ext.launch.graph import Graph
@@ -65,7 +66,9 @@ def launch_cluster(
     folder = (runs_dir / graph.name).resolve()
     jobs_of(graph, folder, cluster, snapshot_path(runs_dir, code_hash()), Path.cwd())  # what no job can be made of is refused first
     wanted = descendants(graph, first) if first else {stage.name for stage in graph.stages}
-    check_queued(graph, runs_dir, queued_jobs())  # where Slurm does not answer, nothing is written
+    queue = queued_jobs()  # where Slurm does not answer, nothing is written
+    check_queued(graph, runs_dir, queue)
+    late = late_points(graph, runs_dir, queue)
     check_ready(graph, runs_dir, cluster, permissions)
     if doctor:
         refuse_what_would_fail(graph, cluster, runs_dir, by_jobs=True)
@@ -79,8 +82,14 @@ def launch_cluster(
                 add_joints(run, job)
             elif run in chosen and not is_finished(run):
                 write_job(run, job)
-        for number, line in enumerate(submit_all(chosen, queue, arrays), start=1):
-            print(f"[{number}/{len(chosen)}] {_words(line)}", flush=True)
+        number = 0
+        try:
+            for number, line in enumerate(submit_all(chosen, queue, arrays), start=1):
+                print(f"[{number}/{len(chosen)}] {_words(line)}", flush=True)
+        except LaunchError as problem:
+            raise LaunchError(f"{problem}\n{number} of {len(chosen)} stages are done or queued; the same launch submits the rest") from None
+    for warning in late:
+        print(warning)
     print(f"megatron-ext status {brief(folder)}")
 
 
@@ -125,9 +134,25 @@ def check_queued(graph: Graph, runs_dir: Path, queue: dict[Path, QueuedJob]) -> 
         lines = differences(_without_points(to_json(open_run(path).stage)), _without_points(to_json(stage)))
         if lines:
             raise LaunchError(
-                f"{path}: stage '{stage.name}' is queued as job {queue[path].job_id} with another recipe:\n  " + "\n  ".join(lines) + "\n"
-                f"Launch it as it was, or cancel it first: megatron-ext cancel {brief(path)}. Nothing was submitted"
+                "\n  ".join([f"{path}: stage '{stage.name}' is queued as job {queue[path].job_id} with another recipe or plan:", *lines])
+                + f"\nLaunch it as it was, or cancel it first: megatron-ext cancel {brief(path)}. Nothing was submitted"
             )
+
+
+def late_points(graph: Graph, runs_dir: Path, queue: Mapping[Path, QueuedJob]) -> list[str]:
+    """A line for each stage at work that came to have points to start from: it saves them from its next start on, not before."""
+    lines = []
+    for stage in graph.stages:
+        path = (runs_dir / graph.name / stage.name).resolve()
+        if path in queue and queue[path].state != "PENDING" and isinstance(stage, TrainStage):
+            new = sorted(set(stage.plan.pin_tokens) - set(open_run(path).stage.plan.pin_tokens))
+            job_id = queue[path].job_id
+            lines += [
+                f"warning: {stage.name} is at work and learns at its next start that it must keep its checkpoint at {tokens:,} tokens; "
+                f"if it would pass that before: scontrol requeue {job_id} (it saves, and goes on)"
+                for tokens in new
+            ]
+    return lines
 
 
 def _without_points(values: Json) -> Json:

@@ -253,8 +253,8 @@ def note_fault(batch: Batch, fault: Fault) -> None:
     failed = job_events.first_failure(batch.run, batch.attempts_before)
     if failed:
         rank, traceback = failed
-        words += f"; the first to fail was rank {rank}: {traceback.strip().splitlines()[-1]}"
-        say(without_secrets(f"the first to fail was rank {rank}:\n{traceback}", batch.secrets))
+        words += f"; the first traceback is of rank {rank}: {traceback.strip().splitlines()[-1]}"
+        say(without_secrets(f"the first traceback is of rank {rank}:\n{traceback}", batch.secrets))
     words = without_secrets(words, batch.secrets)
     batch.ledger.append("fault", cause=fault.cause, words=words)
     say(f"fault: {words}")

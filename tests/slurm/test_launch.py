@@ -42,6 +42,13 @@ def megatron_ext(cluster: Sandbox, *words: str | Path, env: dict[str, str] | Non
     return done.stdout
 
 
+def refusal(cluster: Sandbox, *words: str | Path) -> str:
+    """What a command says that must be refused."""
+    done = cluster.run([sys.executable, "-m", "megatron_ext", *words])
+    assert done.returncode == 2, done.stdout + done.stderr
+    return done.stderr
+
+
 def new_jobs(output: str) -> list[int]:
     """Ids of the jobs that a launch says it submitted."""
     lines = [line for line in output.splitlines() if line.startswith("[") and "queued before" not in line and ": job " in line]
@@ -105,7 +112,13 @@ def test_an_array_does_the_slices_and_the_stage_puts_them_together(cluster: Sand
     )
     recipe, folder = f"{shared_path / 'mine.py'}:run", runs / "text"
     launch = ("launch", recipe, "corpus.plan.parts=3", "--cluster", where, "--runs", runs)
+    too_many = refusal(cluster, "launch", recipe, "corpus.plan.parts=99999", "--cluster", where, "--runs", runs)
+    assert "99999 times in an array" in too_many
+    assert "Invalid job array specification" in too_many
+    assert not folder.exists()
+    assert cluster.output(["squeue", "--noheader"]) == ""
     said = megatron_ext(cluster, *launch)
+    assert "Slurm has jobs for text (job" in refusal(cluster, "launch", recipe, "--local", "--runs", runs)
     assert "its 3 parts in array" in said
     assert "waits for 3 of its 3 parts" in megatron_ext(cluster, "status", folder)
     megatron_ext(cluster, "cancel", folder / "corpus")
@@ -163,6 +176,14 @@ def test_a_child_of_the_middle_starts_when_its_checkpoint_is_there_and_cancel_ta
     assert not (folder / "stable" / DONE).is_file(), "the parent is still at work"
     assert [e["child"] for e in read_json_lines(folder / "stable" / EVENTS) if e["event"] == "released"] == [str(folder / "early")]
     assert "running on" in megatron_ext(cluster, "status", folder)
+    (shared_path / "more.py").write_text(
+        "from dataclasses import replace\nfrom megatron_ext.config.stages import Branch\nimport mine\n\n\n"
+        "def run():\n    graph, last = mine.run(), Branch(stage='stable', tokens=39_999 * 512)\n"
+        "    late = replace(graph.stage('early'), name='late', start=last)\n"
+        "    return replace(graph, stages=(*graph.stages, late))\n"
+    )
+    more = megatron_ext(cluster, "launch", f"{shared_path / 'more.py'}:run", *launch[2:], env={"PYTHONPATH": str(shared_path)})
+    assert "warning: stable is at work and learns at its next start that it must keep its checkpoint at 20,479,488 tokens" in more
     assert "stable: job" in (out := megatron_ext(cluster, "cancel", folder)) or "cancelled" in out
     until(lambda: not cluster.output(["squeue", "--noheader"]), "the queue is empty")
     assert "step" in megatron_ext(cluster, "logs", folder / "stable")
@@ -171,9 +192,8 @@ def test_a_child_of_the_middle_starts_when_its_checkpoint_is_there_and_cancel_ta
     assert len(new_jobs(again)) == 1, "of what comes of it, early is done"
     numbers = json.loads((folder / "stable" / "job" / "submitted.json").read_text())
     assert numbers["job_id"] == new_jobs(again)[0]
-    refused = cluster.run([sys.executable, "-m", "megatron_ext", *map(str, launch), "stable.plan.save_every_steps=7"])
-    assert refused.returncode == 2
-    assert "is queued as job" in refused.stderr
-    assert "save_every_steps: 500 -> 7" in refused.stderr
+    refused = refusal(cluster, *launch, "stable.plan.save_every_steps=7")
+    assert "is queued as job" in refused
+    assert "save_every_steps: 500 -> 7" in refused
     megatron_ext(cluster, "cancel", folder)
     until(lambda: not cluster.output(["squeue", "--noheader"]), "the queue is empty")

@@ -158,7 +158,7 @@ def test_a_stage_that_fails_at_once_is_given_up_with_its_dependants(jobs: dict[s
     assert "was started 2 times in a row without a checkpoint newer than iteration 2" in ends[-1]["reason"]
     assert "ValueError: a rank's own words" in ends[-1]["reason"]
     assert job.log.count("is not started again") == 1
-    assert "the first to fail was rank 1:\nTraceback" in job.log
+    assert "the first traceback is of rank 1:\nTraceback" in job.log
     assert jobs["child"].ended() == "CANCELLED"
 
 

@@ -12,6 +12,8 @@ import pytest
 from megatron_ext.config.base import field_names, from_json, to_json
 from megatron_ext.config.cluster import Cluster, Container, Slurm
 from megatron_ext.errors import ConfigError
+from megatron_ext.launch.graph import with_joints
+from megatron_ext.launch.plan import plan_text
 from recipes import clusters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,13 +102,17 @@ def test_the_page_explains_every_field_and_its_default(kind: type) -> None:
             assert f"`{default}`" in rows[one.name].replace(",", ""), one.name
 
 
-def test_the_pages_own_cluster_works() -> None:
+def test_the_pages_own_recipes_and_cluster_work() -> None:
     page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     for text in re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
         exec(text, names)
     early = names["early"]()  # the page's branch of its own: a point of the stable stage, pinned there
     assert early.stage("decay_long_early").start.tokens == 33_280 * 4_194_304
+    mixed = names["more_qa"]()
+    for graph in (early, mixed):
+        assert graph.stages[-2].name in graph.stage("report").stages
+        assert graph.stages[-2].name in plan_text(with_joints(graph), clusters.h100())
     found = names["ours"]()
     assert isinstance(found, Cluster)
     assert (found.name, found.slurm.account, found.slurm.container.runtime) == ("ours", "project_42", "pyxis")

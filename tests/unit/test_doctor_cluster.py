@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,19 @@ def test_without_a_slurm_nothing_is_said_of_jobs(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PATH", str(tmp_path))
     one = found(tmp_path, SLURM)["Slurm"]
     assert (one.level, "squeue: no such command" in one.found) == ("warning", True)
+
+
+def test_interpreters_that_this_machine_cannot_start_are_warned_of(tmp_path: Path) -> None:
+    def words(**changes: Any) -> list[tuple[str, str]]:
+        cluster = replace(clusters.sandbox(), slurm=replace(SLURM, **{"python": sys.executable, **changes}))
+        return [(one.level, one.found) for one in cluster_findings(SMOKE, cluster, tmp_path, NAMES) if one.what == "Python"]
+
+    assert [level for level, _ in words()] == ["ok", "ok"]
+    assert ("warning", "slurm.python is /nonexistent/python, which is not on this machine") in words(python="/nonexistent/python")
+    (bare := tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    assert ("warning", f"slurm.python is {bare} here, and lacks torch, megatron-core or pydantic") in words(python=str(bare))
+    assert words(python="/nonexistent/python", setup=("module load python",)) == []
 
 
 def test_an_image_that_is_not_there(tmp_path: Path) -> None:
