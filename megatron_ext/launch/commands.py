@@ -93,7 +93,7 @@ def _add_looking_verbs(verbs: Any) -> None:
     cancel.add_argument("runs", type=Path, metavar="RUNS", help="a folder of run folders, or one of them")
     logs = _add(verbs, "logs", "the newest log of a run", "RUN [--first-failure] [--follow]")
     logs.add_argument("run", type=Path, metavar="RUN")
-    logs.add_argument("--first-failure", action="store_true", help="the traceback of the rank that failed first")
+    logs.add_argument("--first-failure", action="store_true", help="the newest fault, and the traceback behind it")
     logs.add_argument("--follow", action="store_true", help="go on printing, over to the next attempt's log")
     diff = _add(verbs, "diff", "what differs between two runs or checkpoints: science, plan, data, code, lineage", "A B [options]")
     for side in ("a", "b"):

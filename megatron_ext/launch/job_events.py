@@ -20,6 +20,9 @@ Event = dict[str, Any]
 COMMENT = "megatron_ext:"  # of every job, and the run folder: how one is known, whoever submitted it
 PART_COMMENT = "megatron_ext-part:"  # of the jobs of an array that works ahead of a stage's own
 EVENTS, CHECK = Path("job") / "events.jsonl", Path("job") / "node_check.json"  # in a run folder
+LOST, SLOW_NODE = "lost", "slow node"  # causes of faults: a start that left no word of its end; one that ends no start
+LEFT_OUT = "left out from now on"  # begins the words of a fault that says what was done about nodes
+CANCELLED = "cancelled"  # reason of a stop that a person asked for, and that no cause need be mended for
 CHECKED = "checked"  # event: the nodes of this start were found fit
 PREEMPTED = "preempted"  # reason of an end that says nothing about the stage: Slurm, or a person, wanted the nodes
 _ITERATION, _SLICE = re.compile(r"iter_(\d{7,})"), re.compile(r"slice-\d{5,}\.json")
@@ -74,7 +77,7 @@ def _ends_whole(file: Any) -> bool:
 def lost_starts(events: list[Event], now: Start) -> list[Event]:
     """`start` events of the same job's earlier starts that no `end` nor `fault` of cause 'lost' answers."""
     answered = {_of(e) for e in events if e["event"] == "end"}
-    answered |= {Start(int(e["job_id"]), int(e["lost_restart_count"])) for e in events if e["event"] == "fault" and e["cause"] == "lost"}
+    answered |= {Start(int(e["job_id"]), int(e["lost_restart_count"])) for e in events if e["event"] == "fault" and e["cause"] == LOST}
     return [e for e in events if e["event"] == "start" and e["job_id"] == now.job_id and _of(e) != now and _of(e) not in answered]
 
 

@@ -5,6 +5,7 @@ Read from run folders, as `tree` is; the queue is asked where there is a Slurm.
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -16,10 +17,11 @@ from megatron_ext.config.stages import RLStage, TrainStage
 from megatron_ext.errors import LaunchError
 from megatron_ext.goodput import goodput, goodput_words, interval, interval_words, total
 from megatron_ext.json_lines import read_json_lines
-from megatron_ext.launch.job_events import EVENTS, Event
-from megatron_ext.launch.logs import last_line, newest_log_or_none
-from megatron_ext.launch.render import num_parts
+from megatron_ext.launch.job_events import CANCELLED, EVENTS, LOST, Event
+from megatron_ext.launch.logs import clock, fault_start, last_line, log_without_attempt, newest_end, newest_fault, newest_log_or_none
+from megatron_ext.launch.render import JOB_FOLDER, num_parts
 from megatron_ext.launch.slurm import QueuedJob, has_slurm, queued_jobs, queued_parts
+from megatron_ext.launch.submit import SUBMITTED
 from megatron_ext.launch.tree import columns, depth, find_runs, in_order, progress, state
 from megatron_ext.launch.tree_rl import step_words
 from megatron_ext.metrics import read_metrics
@@ -37,12 +39,13 @@ class Queue:
 
     jobs: Mapping[Path, QueuedJob] = field(default_factory=dict)
     parts: Mapping[Path, Sequence[QueuedJob]] = field(default_factory=dict)  # of arrays that work ahead of a stage's own job
+    is_known: bool = True  # False: nobody could be asked, so a run without a job here may have one
 
 
 def status_command(runs: Path, watch: bool = False) -> None:
     """Print how the run folders under `runs` stand; `watch`: again and again, until none of them can change by itself any more."""
     while True:
-        queue, problem = _queue()
+        queue, problem = _queue(runs)
         text = status_text(runs, queue) + problem
         print(f"{CLEAR if watch and sys.stdout.isatty() else ''}{text}", flush=True)
         if not watch or not any(run.path in queue.jobs or _runs_here(run) for run in find_runs(runs)):
@@ -50,12 +53,15 @@ def status_command(runs: Path, watch: bool = False) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _queue() -> tuple[Queue, str]:
-    """The queue, and a line where there is a Slurm that does not answer: run folders tell enough without it."""
+def _queue(runs: Path) -> tuple[Queue, str]:
+    """The queue, and a line where jobs are not shown because no Slurm is here or it does not answer: run folders tell enough without."""
+    if not has_slurm():
+        has_jobs = any((run.path / JOB_FOLDER / SUBMITTED).is_file() for run in find_runs(runs) if not run.is_done())
+        return Queue(is_known=False), "\nwithout jobs: squeue is not found on this machine" if has_jobs else ""
     try:
-        return (Queue(queued_jobs(), queued_parts()) if has_slurm() else Queue()), ""
+        return Queue(queued_jobs(), queued_parts()), ""
     except LaunchError as problem:
-        return Queue(), f"\nwithout jobs: {str(problem).splitlines()[0]}"
+        return Queue(is_known=False), f"\nwithout jobs: {str(problem).splitlines()[0]}"
 
 
 def status_text(runs_dir: Path, queue: Queue) -> str:
@@ -70,7 +76,7 @@ def _graph_text(folder: Path, runs: list[Run], queue: Queue) -> str:
     by_path = {run.path: run for run in runs}
     ordered = sorted(in_order(runs), key=lambda run: depth(run, by_path))
     rows = [["stage", "state", "job", "attempts", "progress", "left"], *(_row(run, queue) for run in ordered)]
-    ends = [line for run in ordered if run.path not in queue.jobs for line in _last_words(run)]
+    ends = [line for run in ordered for line in _last_words(run, queue.jobs.get(run.path))]
     times = _time_words([run for run in ordered if isinstance(run.stage, TrainStage | RLStage) and attempt_numbers(run.path)])
     return "\n".join([f"{runs[0].graph}  ({brief(folder)})", *(f"  {line}" for line in columns(rows)), *times, *ends])
 
@@ -88,7 +94,7 @@ def _row(run: Run, queue: Queue) -> list[str]:
     attempts, job = len(attempt_numbers(run.path)), queue.jobs.get(run.path)
     return [
         run.name,
-        _state(run, job, queue.parts.get(run.path, ())),
+        _state(run, job, queue.parts.get(run.path, ())) if job and not run.is_done() else _state_without_job(run, queue.is_known),
         str(job.job_id) if job else "",
         str(attempts) if attempts else "",
         _progress(run),
@@ -96,12 +102,43 @@ def _row(run: Run, queue: Queue) -> list[str]:
     ]
 
 
-def _state(run: Run, job: QueuedJob | None, parts: Sequence[QueuedJob]) -> str:
-    """In a word or two: DONE, what Slurm does with its job, or how it ended."""
-    if job is None or run.is_done():
-        end = _newest_end(run)
-        given_up = end is not None and end["decision"] == "stop" and not run.is_done() and not _runs_here(run)
-        return "stopped for good" if given_up else state(run)
+def _state_without_job(run: Run, queue_is_known: bool) -> str:
+    """In a word or two: DONE, or how it ended."""
+    events = _events(run)
+    end = newest_end(events)
+    if run.is_done() or _runs_here(run):
+        return state(run)
+    if queue_is_known and _failed_at_once(run, events):
+        return "failed before it began"
+    if end is None or end["decision"] != "stop":
+        return state(run)
+    return CANCELLED if end["reason"] == CANCELLED else "stopped for good"
+
+
+def _failed_at_once(run: Run, events: Sequence[Event]) -> bool:
+    """Whether the newest job, which is over, ended before any attempt: in its set-up, or where its ranks could not start.
+
+    Of another user's jobs the queue tells nothing: such a job may still be at it.
+    """
+    log = log_without_attempt(run, events)
+    if log is None or log.stat().st_uid != os.getuid():
+        return False
+    own = [e for e in events if log.name == f"slurm-{e['job_id']}.log"]
+    end = newest_end(own)
+    return not own or (not attempt_numbers(run.path) and (end is None or _fault_behind(own) is not None))
+
+
+def _fault_behind(events: Sequence[Event]) -> Event | None:
+    """The fault for which the newest start that is over ended; None where it was done, stopped, preempted or out of time."""
+    over = [e for e in events if e["event"] == "end" or e.get("cause") == LOST]
+    fault = newest_fault(events)
+    if not over or fault is None or fault_start(over[-1]) != fault_start(fault):
+        return None
+    return fault if over[-1].get("decision", "requeue") == "requeue" else None
+
+
+def _state(run: Run, job: QueuedJob, parts: Sequence[QueuedJob]) -> str:
+    """In a word or two what Slurm does with a job."""
     if job.state == "PENDING" and parts:
         running = sum(part.state == "RUNNING" for part in parts)
         return f"waits for {len(parts)} of its {num_parts(run.stage)} parts, {running} running"
@@ -143,18 +180,29 @@ def _runs_here(run: Run) -> bool:
     return "running" in state(run)
 
 
-def _newest_end(run: Run) -> Event | None:
-    ends = [event for event in read_json_lines(run.path / EVENTS) if event["event"] == "end"]
-    return ends[-1] if ends else None
+def _events(run: Run) -> list[Event]:
+    return read_json_lines(run.path / EVENTS)
 
 
-def _last_words(run: Run) -> list[str]:
-    """Of a stage that is not done and has no job: why its last job ended, and the last line of its newest log."""
-    if run.is_done() or _runs_here(run):
+def _last_words(run: Run, job: QueuedJob | None) -> list[str]:
+    """Of a job that was started again after a fault: which; of a stage without a job: why its last one ended, and its newest log's end."""
+    events = _events(run)
+    if run.is_done():
         return []
-    end = _newest_end(run)
-    log = newest_log_or_none(run)
-    lines = [f"{run.name}: {end['decision']}: {end['reason']}"] if end else []
-    if log is not None and (words := last_line(log)):
+    if job is not None:
+        fault = _fault_behind([e for e in events if e["job_id"] == job.job_id])
+        return [f"{run.name}: requeue at {clock(fault)}: {fault['words']}"] if fault else []
+    return [] if _runs_here(run) else _words_of_end(run, events)
+
+
+def _words_of_end(run: Run, events: Sequence[Event]) -> list[str]:
+    end, log = newest_end(events), log_without_attempt(run, events)
+    if log and not any(log.name == f"slurm-{e['job_id']}.log" for e in events):
+        end = None  # a newer job than the ledger knows of has ended
+    reason = end["reason"] if end else ""
+    told = f"{CANCELLED}; a launch goes on from there" if reason == CANCELLED else reason
+    lines = [f"{run.name}: {end['decision']} at {clock(end)}: {told}"] if end else []
+    log = log or newest_log_or_none(run)
+    if log is not None and (words := last_line(log, reason)):
         lines.append(f"{run.name}: {brief(log)} ends: {words[:SHOWN]}")
     return lines

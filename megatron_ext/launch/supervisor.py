@@ -148,7 +148,7 @@ def note_lost_starts(batch: Batch) -> int:
     for lost in job_events.lost_starts(batch.ledger.events(), batch.start):
         where = f"start {lost['restart_count']} of the job, on {', '.join(lost['nodes'])},"
         words = f"{where} ended without a word: a node was lost, or all was killed"
-        batch.ledger.append("fault", cause="lost", words=words, lost_restart_count=lost["restart_count"])
+        batch.ledger.append("fault", cause=job_events.LOST, words=words, lost_restart_count=lost["restart_count"])
         say(words)
     return batch.idle_starts()
 
@@ -200,7 +200,7 @@ def judge_nodes(batch: Batch, code: int, result_path: Path, bad_node: str) -> En
         result = {"slow": {}, "broken": broken, "words": f"the check of the nodes came to no end (exit code {code})"}
     say(result["words"])
     for name, why in result["slow"].items():
-        batch.ledger.append("fault", cause="slow node", words=f"{name}: {why}", node=name)
+        batch.ledger.append("fault", cause=job_events.SLOW_NODE, words=f"{name}: {why}", node=name)
     if not result["broken"] and not code:
         batch.ledger.append(job_events.CHECKED)
         return None
@@ -225,7 +225,7 @@ def judge(batch: Batch, code: int, fault: Fault | None, asked: str) -> Ending:
             return Ending("requeue", fault.words, code)
         return Ending("requeue", job_events.PREEMPTED, code)
     if state and is_cancelled(state, batch.clock):
-        return Ending("stop", "cancelled", code or 1)
+        return Ending("stop", job_events.CANCELLED, code or 1)
     if (code == EXIT_AGAIN and fault is None) or (fault and fault.cause == UNREADY):
         time_is_up = batch.clock.left_seconds() < batch.job["signal_seconds"] + 120  # Slurm's signal may come up to a minute early
         by_slurm = (batch.inbox.asked() and not time_is_up) or bool(state and state.preempted_at)
@@ -308,7 +308,7 @@ def put_back(batch: Batch) -> str:
             if state:  # without an answer, a requeue could hit the start that has taken this one's place
                 await_steps(batch)
                 if is_cancelled(job_queue.job_state(batch.start.job_id), batch.clock):
-                    return "cancelled"  # Slurm would take the requeue all the same
+                    return job_events.CANCELLED  # Slurm would take the requeue all the same
                 job_queue.requeue(batch.start.job_id)
                 return ""
         except job_queue.SlurmError as refusal:
@@ -336,7 +336,7 @@ def leave_out(batch: Batch, nodes: list[str]) -> None:
     """Keep the job off broken nodes. Slurm takes this only of a job that waits, so it comes after the requeue."""
     try:
         job_queue.exclude(batch.start.job_id, nodes)
-        batch.ledger.append("fault", cause="node", words=f"left out from now on: {', '.join(nodes)}")
+        batch.ledger.append("fault", cause="node", words=f"{job_events.LEFT_OUT}: {', '.join(nodes)}")
     except job_queue.SlurmError as problem:
         say(f"{', '.join(nodes)} could not be left out of the next start: {problem}")
 

@@ -57,12 +57,21 @@ def time_spent(board: Board) -> Section | None:
         "Goodput is the productive share of the time in which nodes were held. Productive are steps that stand; recomputed, those that "
         "a later attempt or a roll-back did again; starting, the time from a start to the first step; saving, the time that training "
         "waited for saves; idle, the rest: hangs, what a kill left, ending. A queued job holds no nodes. Times are on the clock; those of "
-        "the last row are multiplied by each stage's nodes, and its shares are of these."
+        "the last row are multiplied by each stage's nodes, and the shares of all are of these."
     )
+    whole = total(stage.time for stage in found)
     html += markup.table(
+        "Goodput",
+        ["stage", "#starts", "#failures", "#nodes", "#node-hours", "#goodput", "#with the queue"],
+        [*(_share_cells(row, board.name(row.stage)) for row in rows), _share_sums(whole)],
+    )
+    html += markup.table(  # apart from the shares: together they are wider than a small screen
         "Where the time went",
-        ["stage", "#starts", "#failures", "#nodes", *(f"#{part}" for part in PARTS), "#node-hours", "#goodput", "#with the queue"],
-        [*(_cells(row, board.name(row.stage)) for row in rows), _sum_cells(total(stage.time for stage in found))],
+        ["stage", *(f"#{part}" for part in PARTS)],
+        [
+            *(_part_cells(board.name(stage.name), stage.time.seconds) for stage in found),
+            _part_cells("all, times nodes", whole.node_seconds),
+        ],
     )
     if intervals:
         html += markup.table(
@@ -126,18 +135,20 @@ def _row(stage: StageData) -> GoodputRow:
     )
 
 
-def _cells(row: GoodputRow, name: Cell) -> list[Cell]:
-    times = [show.seconds(getattr(row, f"{part}_seconds")) for part in PARTS]
+def _share_cells(row: GoodputRow, name: Cell) -> list[Cell]:
     nodes = show.NONE if row.nodes is None else f"{row.nodes:.3g}"
     shares = [show.percent(row.goodput), show.percent(row.goodput_with_queue)]
-    return [name, show.count(row.starts), show.count(row.failures), nodes, *times, _hours(row.node_seconds), *shares]
+    return [name, show.count(row.starts), show.count(row.failures), nodes, _hours(row.node_seconds), *shares]
 
 
-def _sum_cells(time: Goodput) -> list[Cell]:
+def _share_sums(time: Goodput) -> list[Cell]:
     nodes = time.node_seconds
-    times = [show.seconds(getattr(nodes, part)) for part in PARTS]
     shares = [show.percent(nodes.goodput), show.percent(nodes.goodput_with_queue)]
-    return ["all, times nodes", show.count(time.starts), show.count(time.failures), "", *times, _hours(nodes.total), *shares]
+    return ["all", show.count(time.starts), show.count(time.failures), "", _hours(nodes.total), *shares]
+
+
+def _part_cells(name: Cell, time: Seconds) -> list[Cell]:
+    return [name, *(show.seconds(getattr(time, part)) for part in PARTS)]
 
 
 def _hours(seconds: float) -> str:

@@ -22,8 +22,9 @@ from megatron_ext.reports.goodput_section import time_spent
 from megatron_ext.reports.lead import descent
 from megatron_ext.reports.lineage_figure import draw_lineage
 from megatron_ext.reports.markup import Cell
+from megatron_ext.reports.read import Reading
 from megatron_ext.reports.rl_sections import reinforcement
-from megatron_ext.reports.rows import CodeRow, JointRow
+from megatron_ext.reports.rows import AttemptRow, CodeRow, JointRow
 from megatron_ext.snapshot import code_hash
 
 
@@ -243,7 +244,7 @@ def provenance(board: Board) -> Section:
             [
                 [
                     board.name(r.stage), show.count(r.attempt), r.started_at, r.ended_at,
-                    f"{r.reason or 'no word (running, or killed)'}{': ' + r.error if r.error else ''}",
+                    f"{r.reason or _wordless_end(r, board.reading)}{': ' + r.error if r.error else ''}",
                     show.count(r.num_ranks), show.count(r.from_step),
                     show.count(r.standing_steps) if r.from_step is not None else show.NONE,
                 ]
@@ -256,6 +257,13 @@ def provenance(board: Board) -> Section:
         "muted",
     )
     return Section("provenance", "Provenance", html, {"attempts": as_json(attempts), "code": as_json(codes)})
+
+
+def _wordless_end(row: AttemptRow, reading: Reading) -> str:
+    """Of an attempt that left no word: killed, where a later one exists or the stage is done; else it may still run."""
+    stage = reading.find(row.stage)
+    is_over = stage is not None and (stage.state == "done" or stage.attempts[-1].number != row.attempt)
+    return "no word (killed)" if is_over else "no word (running, or killed)"
 
 
 def _of(form: Callable[[float | None], str], done: int | None, planned: int | None) -> str:

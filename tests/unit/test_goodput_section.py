@@ -12,8 +12,8 @@ from megatron_ext.goodput import Goodput, Interval, Seconds
 from megatron_ext.reports import goodput_section as section
 from megatron_ext.reports.board import Board
 from megatron_ext.reports.goodput_section import goodput_rows, interval_rows, time_spent
-from megatron_ext.reports.read import Reading, StageData, gather
-from megatron_ext.reports.sections import SECTIONS
+from megatron_ext.reports.read import AttemptData, Reading, StageData, gather
+from megatron_ext.reports.sections import SECTIONS, provenance
 from tests.unit.test_reports import BASE, CORPUS, STABLE, build
 
 LONG_LIFE = Goodput(
@@ -46,6 +46,24 @@ def test_the_rows_are_what_was_measured(tmp_path: Path) -> None:
     of_nodes = (3600 + 8 * 360_000) / (3600 + 8 * 366_600)  # the last row
     for text in ("98.2 %", "96.3 %", "100 h 00 min", f"{100 * of_nodes:.1f} %", "6 min 42 s"):
         assert text in found.html, text
+
+
+def width_pixels(table: str) -> float:
+    """About how wide a table is drawn: its longest words at 8.6 pixels a letter (bold, 14 pixels high), the gaps, the chip of a stage."""
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", table)]
+    return 17 + sum(13 + 8.6 * max(len(re.sub("<.*?>", "", cell)) for cell in column) for column in zip(*rows, strict=True))
+
+
+def test_every_column_is_seen_on_a_small_screen(tmp_path: Path) -> None:
+    """A browser drew such tables 643, 800 and 839 pixels wide."""
+    seconds = Seconds(productive=1_123_456, recomputed=43_210, queued=172_345, starting=52_345, saving=39_321, idle=45_678)
+    found = time_spent(Board(reading(dataclasses.replace(LONG_LIFE, seconds=seconds, node_seconds=seconds.of_nodes(48))), tmp_path))
+    assert found is not None
+    tables = re.findall(r"<table>.*?</table>", found.html, re.DOTALL)
+    assert [re.findall(r"<caption>(.*?)</caption>", table)[0] for table in tables] == ["Goodput", "Where the time went", "Save interval"]
+    page_pixels = 1000 - 2 * 24
+    assert max(map(width_pixels, tables)) < page_pixels
+    assert sum(map(width_pixels, tables[:2])) - 200 > page_pixels, "as one table, without the second's names, they were cut"
 
 
 def test_a_suggestion_that_is_missing_is_explained(tmp_path: Path) -> None:
@@ -83,3 +101,13 @@ def test_every_field_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8").partition("**`goodput`**")[2]
     fields = {field.name for row in (section.GoodputRow, section.SaveIntervalRow) for field in dataclasses.fields(row)}
     assert fields - set(re.findall(r"`(\w+)`", text)) == set()
+
+
+def test_an_attempt_that_left_no_word_was_killed_where_it_cannot_run_any_more(tmp_path: Path) -> None:
+    attempts = (AttemptData(1), AttemptData(2))
+    words = []
+    for state in ("begun", "done"):
+        stages = (StageData("stable", state, STABLE, attempts=attempts),)  # type: ignore[arg-type]
+        page = provenance(Board(Reading("t", "g", stages), tmp_path)).html
+        words.append(re.findall(r"no word \(([a-z, ]+)\)", page))
+    assert words == [["killed", "running, or killed"], ["killed", "killed"]]
