@@ -105,7 +105,7 @@ def test_a_thousand_ranks_write_few_files_that_are_shared(monkeypatch: pytest.Mo
 
     monkeypatch.setenv("TMPDIR", JOB.environment["TMPDIR"])
     monkeypatch.setattr("tempfile.tempdir", None)  # asked for once a process
-    run: Any = SimpleNamespace(graph=JOB.graph, name=JOB.stage)
+    run: Any = SimpleNamespace(graph=JOB.graph, name=JOB.stage, path=Path(JOB.run))
     attempt = Attempt(1, Path(JOB.run) / "attempts" / "1")
 
     def log(rank: int) -> Path:
