@@ -203,12 +203,14 @@ class Sandbox:
             return
         for node in self.nodes:
             call([SCRIPT, "heal", node, self.folder])  # one that is off has no cable
+        for node, state in self.node_states().items():
+            if state in ("drained", "draining"):  # and it answers: of one that does not Slurm would say that it is idle
+                self.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"])
         if self._becomes_idle(SETTLING_SECONDS):
             return
         for node in (node for node, state in self.node_states().items() if state != "idle"):
             call([SCRIPT, "crash", node, self.folder])  # it may be off
             self.boot(node)
-            self.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"])  # it may be drained; Slurm refuses where it is not
         until(self.all_idle, lambda: f"all nodes idle: {self.node_states()}\n{self.log_end()}")
 
     def _becomes_idle(self, seconds: float) -> bool:

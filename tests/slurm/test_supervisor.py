@@ -94,8 +94,12 @@ class Job:
         events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         return [event for event in events if kind in (None, event["event"])]
 
+    def told(self) -> str:
+        """All that is known of it, for a test that fails."""
+        return f"{self.slurm.job(self.job_id)}\n{self.events()}\n{self.log}"
+
     def wait(self, condition: Callable[[], object], what: str) -> None:
-        until(condition, lambda: f"{self.path.name} {what}; {self.slurm.job(self.job_id)}\n{self.events()}\n{self.log}")
+        until(condition, lambda: f"{self.path.name} {what}; {self.told()}")
 
     def ended(self) -> str:
         """The state that it ends in."""
@@ -141,7 +145,7 @@ def jobs(slurm: Sandbox, folder: Path) -> Iterator[dict[str, Job]]:
 
 def test_a_good_end(jobs: dict[str, Job]) -> None:
     job = jobs["done"]
-    assert job.ended() == "COMPLETED"
+    assert job.ended() == "COMPLETED", job.told()
     assert [event["event"] for event in job.events()] == ["start", "ranks", "end"]
     start, _, end = job.events()
     assert (start["job_id"], start["restart_count"], start["nodes"], start["iteration"]) == (job.job_id, 0, start["nodes"], None)
@@ -181,7 +185,7 @@ def test_a_secrets_file_that_others_can_read_is_refused(jobs: dict[str, Job]) ->
 
 def test_a_killed_rank_is_named_and_the_same_job_goes_on(jobs: dict[str, Job]) -> None:
     job = jobs["advances"]
-    assert job.ended() == "COMPLETED"
+    assert job.ended() == "COMPLETED", job.told()
     fault = job.events("fault")[0]
     assert (fault["cause"], fault["restart_count"]) == ("rank", 0)
     assert f"rank 1 on {job.events('start')[0]['nodes'][1]}: Killed" in fault["words"]
@@ -193,7 +197,7 @@ def test_a_killed_rank_is_named_and_the_same_job_goes_on(jobs: dict[str, Job]) -
 
 def test_a_stopped_rank_is_named_by_its_silence(jobs: dict[str, Job]) -> None:
     job = jobs["stopped_rank"]
-    assert job.ended() == "COMPLETED"
+    assert job.ended() == "COMPLETED", job.told()
     fault = job.events("fault")[0]
     assert fault["cause"] == "hang"
     assert f"no stack came from rank 1 ({job.events('start')[0]['nodes'][1]})" in fault["words"]
@@ -202,7 +206,7 @@ def test_a_stopped_rank_is_named_by_its_silence(jobs: dict[str, Job]) -> None:
 
 def test_a_rank_asleep_shows_where(jobs: dict[str, Job]) -> None:
     job = jobs["asleep"]
-    assert job.ended() == "COMPLETED"
+    assert job.ended() == "COMPLETED", job.told()
     fault = job.events("fault")[0]
     assert fault["cause"] == "hang"
     assert "no stack came" not in fault["words"]
@@ -212,7 +216,7 @@ def test_a_rank_asleep_shows_where(jobs: dict[str, Job]) -> None:
 
 def test_the_ranks_stop_before_the_time_is_over(jobs: dict[str, Job]) -> None:
     job = jobs["limit"]
-    assert job.ended() == "COMPLETED"
+    assert job.ended() == "COMPLETED", job.told()
     end = job.events("end")[0]
     assert (end["exit_code"], end["decision"]) == (75, "requeue")
     assert end["reason"].endswith("s left")
@@ -236,7 +240,7 @@ def told(slurm: Sandbox, folder: Path) -> dict[str, Job]:
 
 def went_on(job: Job) -> dict[str, Any]:
     """The end of its first start, once the second has come to a good end."""
-    assert job.ended() == "COMPLETED"
+    assert job.ended() == "COMPLETED", job.told()
     assert [event["restart_count"] for event in job.events("start")] == [0, 1]
     assert job.events("end")[-1]["decision"] == "done"
     return job.events("end")[0]
@@ -352,7 +356,7 @@ def test_a_broken_node_is_left_out_of_the_next_start(slurm: Sandbox, folder: Pat
     assert slurm.on("n2", ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/tmp/scratch"]).returncode == 0
     killed_later = {"fault": {"rank": 1, "step": 3, "kind": "kill", "start": "1"}}
     job = Job(slurm, folder / "checked", killed_later, node_check="first", scratch="/tmp/scratch").submit()
-    assert job.ended() == "COMPLETED"
+    assert job.ended() == "COMPLETED", job.told()
     assert [start["nodes"] for start in job.events("start")] == [["n1", "n2"], ["n1", "n3"], ["n1", "n3"]]
     assert "n2: disk write: OSError: [Errno 28] No space left on device" in job.events("fault")[0]["words"]
     assert [event["restart_count"] for event in job.events("ranks")] == [1, 2]
