@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ext.launch.slurm import cancel, queued_jobs, queued_parts
+from megatron_ext.launch.slurm import ask_queue, cancel
 from megatron_ext.launch.tree import find_runs
 from megatron_ext.runs import brief
 
@@ -13,10 +13,10 @@ RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
 
 def cancel_command(runs: Path) -> None:
     """Cancel the job of a run folder, or of every run folder under one. What is published stays; `launch` goes on from it."""
-    queue, parts = queued_jobs(), queued_parts()
+    queue = ask_queue()
     paths = [run.path for run in find_runs(runs)]
-    found = [(path, queue[path]) for path in paths if path in queue]
-    arrays = {job.job_id: path for path in paths for job in parts.get(path, ())}
+    found = [(path, queue.jobs[path]) for path in paths if path in queue.jobs]
+    arrays = {job.job_id: path for path in paths for job in queue.parts.get(path, ())}
     if not found and not arrays:
         print(f"{runs}: no job of it is queued or running; see megatron-ext status {runs}")
         return

@@ -64,11 +64,11 @@ def refuse_what_would_fail(graph: Graph, cluster: Cluster | None, runs: Path, by
     do the work, so Slurm is asked whether it takes the jobs, and this machine is not looked at.
     """
     stages = unfinished(graph, runs / graph.name)
-    found = _needs(graph, stages, cluster)
-    if by_jobs:
-        found += cluster_findings(graph, cluster, runs, [stage.name for stage in stages])
-    elif stages:
-        found += machine_findings(graph, runs)
+    if not stages:
+        return
+    names = [stage.name for stage in stages]
+    where = cluster_findings(graph, cluster, runs, names) if by_jobs else machine_findings(graph, runs)
+    found = [*_needs(graph, stages, cluster), *where]
     warnings, errors = ([one for one in found if one.level == level] for level in ("warning", "error"))
     if warnings:
         print("\n".join(finding_lines(warnings)), flush=True)

@@ -18,7 +18,7 @@ from megatron_ext.launch.findings import Finding, error, ok, warning
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.job_ranks import read_secrets
 from megatron_ext.launch.render import PARTS_SCRIPT, Job, jobs_of, scripts_of
-from megatron_ext.launch.slurm import queued_jobs, refusal
+from megatron_ext.launch.slurm import ask_queue, refusal
 from megatron_ext.snapshot import code_hash, snapshot_path
 
 HAS_PACKAGES = "import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ('torch', 'megatron', 'pydantic'))))"
@@ -43,7 +43,7 @@ def _accepted(jobs: Sequence[Job]) -> list[Finding]:
     what = "Slurm"
     way_out = "run doctor on a login node of the cluster"
     try:
-        queued_jobs()
+        ask_queue()
     except LaunchError as silence:
         return [warning(what, f"whether it takes the jobs is not known: {str(silence).splitlines()[0]}", way_out)]
     answers: dict[tuple[Any, ...], str] = {}

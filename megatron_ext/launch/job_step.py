@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ext.launch import job_queue
-from megatron_ext.redaction import own_secrets
+from megatron_ext.redaction import own_secrets, without_secrets
 
 STACK = b"most recent call first"  # in what Python's faulthandler writes of a thread
 STACK_SECONDS = 5.0  # for all ranks' stacks to reach the log
@@ -113,8 +113,7 @@ class Step:
 
     def _pass_on(self, content: bytes) -> None:
         """Into this process's error output. A full disk loses log lines, and must not end the job."""
-        for name, value in self.secrets.items():
-            content = content.replace(value.encode(), f"<{name}>".encode())
+        content = os.fsencode(without_secrets(os.fsdecode(content), self.secrets))
         with contextlib.suppress(OSError):
             while content:
                 content = content[os.write(sys.stderr.fileno(), content) :]

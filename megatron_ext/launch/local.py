@@ -25,7 +25,7 @@ from megatron_ext.launch.failures import failure_text
 from megatron_ext.launch.graph import Graph
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions, thread_environment
 from megatron_ext.launch.ready import check_ready, is_finished, make_ready, time_of
-from megatron_ext.launch.slurm import has_slurm, queued_jobs
+from megatron_ext.launch.slurm import ask_queue, has_slurm
 from megatron_ext.launch.tree import columns, progress
 from megatron_ext.launch.tree_rl import accuracy_words
 from megatron_ext.runs import (
@@ -78,7 +78,7 @@ def launch_local(
 def _refuse_beside_jobs(graph: Graph, runs_dir: Path) -> None:
     """`LaunchError` where Slurm has jobs for these run folders: both would do the same stages. Without a Slurm there are none."""
     try:
-        queue = queued_jobs() if has_slurm() else {}
+        queue = ask_queue().jobs if has_slurm() else {}
     except LaunchError:
         return  # a Slurm that does not answer starts nothing either; whoever is at work owns its folder
     paths = [(runs_dir / graph.name / stage.name).resolve() for stage in graph.stages]

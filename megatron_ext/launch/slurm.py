@@ -10,8 +10,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ext.errors import LaunchError
@@ -35,30 +35,30 @@ class QueuedJob:
     nodes: str
 
 
-def queued_jobs() -> dict[Path, QueuedJob]:
-    """Run folder -> this user's job for it that waits or runs; of several the newest. `LaunchError` where no Slurm answers."""
-    found: dict[Path, QueuedJob] = {}
-    for path, job in _commented(COMMENT):
-        if path not in found or found[path].job_id < job.job_id:
-            found[path] = job
-    return found
+@dataclass(frozen=True)
+class Queue:
+    """What Slurm has of run folders, as it said at one moment."""
+
+    jobs: Mapping[Path, QueuedJob] = field(default_factory=dict)  # of several for one folder the newest
+    parts: Mapping[Path, Sequence[QueuedJob]] = field(default_factory=dict)  # of arrays that work ahead of a stage's own job
+    is_known: bool = True  # False: nobody could be asked, so a run without a job here may have one
 
 
-def queued_parts() -> dict[Path, list[QueuedJob]]:
-    """Run folder -> the jobs of arrays that work ahead of it, each that waits or runs; raises as `queued_jobs`."""
-    found: dict[Path, list[QueuedJob]] = {}
-    for path, job in _commented(PART_COMMENT):
-        found.setdefault(path, []).append(job)
-    return found
-
-
-def _commented(comment: str) -> Iterator[tuple[Path, QueuedJob]]:
-    """This user's jobs whose comment begins so, with the run folder that it names."""
+def ask_queue() -> Queue:
+    """This user's jobs that wait or run, by the run folders that their comments name. `LaunchError` where no Slurm answers."""
+    jobs: dict[Path, QueuedJob] = {}
+    parts: dict[Path, list[QueuedJob]] = {}
     for line in _run(["squeue", "--noheader", "--me", "--array", "--format", "|".join(_FIELDS.values())]).splitlines():
         values = dict(zip(_FIELDS, line.strip().split("|", len(_FIELDS) - 1), strict=True))
-        text = values.pop("comment")
-        if text.startswith(comment):
-            yield Path(text.removeprefix(comment)), QueuedJob(job_id=int(values.pop("job_id")), **values)
+        comment = values.pop("comment")
+        job = QueuedJob(job_id=int(values.pop("job_id")), **values)
+        if comment.startswith(PART_COMMENT):
+            parts.setdefault(Path(comment.removeprefix(PART_COMMENT)), []).append(job)
+        elif comment.startswith(COMMENT):
+            path = Path(comment.removeprefix(COMMENT))
+            if path not in jobs or jobs[path].job_id < job.job_id:
+                jobs[path] = job
+    return Queue(jobs, parts)
 
 
 def has_slurm() -> bool:

@@ -9,8 +9,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext.config.stages import RLStage, TrainStage
@@ -20,7 +19,7 @@ from megatron_ext.json_lines import read_json_lines
 from megatron_ext.launch.job_events import CANCELLED, EVENTS, LOST, Event
 from megatron_ext.launch.logs import clock, fault_start, last_line, log_without_attempt, newest_end, newest_fault, newest_log_or_none
 from megatron_ext.launch.render import JOB_FOLDER, num_parts
-from megatron_ext.launch.slurm import QueuedJob, has_slurm, queued_jobs, queued_parts
+from megatron_ext.launch.slurm import Queue, QueuedJob, ask_queue, has_slurm
 from megatron_ext.launch.submit import SUBMITTED
 from megatron_ext.launch.tree import columns, depth, find_runs, in_order, progress, state
 from megatron_ext.launch.tree_rl import step_words
@@ -31,15 +30,6 @@ LOOK_SECONDS = 5.0
 RECENT_STEPS = 20  # that the time left is reckoned from
 CLEAR = "\033[2J\033[H"
 SHOWN = 160  # characters of a last line
-
-
-@dataclass(frozen=True)
-class Queue:
-    """What Slurm has of run folders."""
-
-    jobs: Mapping[Path, QueuedJob] = field(default_factory=dict)
-    parts: Mapping[Path, Sequence[QueuedJob]] = field(default_factory=dict)  # of arrays that work ahead of a stage's own job
-    is_known: bool = True  # False: nobody could be asked, so a run without a job here may have one
 
 
 def status_command(runs: Path, watch: bool = False) -> None:
@@ -59,7 +49,7 @@ def _queue(runs: Path) -> tuple[Queue, str]:
         has_jobs = any((run.path / JOB_FOLDER / SUBMITTED).is_file() for run in find_runs(runs) if not run.is_done())
         return Queue(is_known=False), "\nwithout jobs: squeue is not found on this machine" if has_jobs else ""
     try:
-        return Queue(queued_jobs(), queued_parts()), ""
+        return ask_queue(), ""
     except LaunchError as problem:
         return Queue(is_known=False), f"\nwithout jobs: {str(problem).splitlines()[0]}"
 
@@ -104,10 +94,10 @@ def _row(run: Run, queue: Queue) -> list[str]:
 
 def _state_without_job(run: Run, queue_is_known: bool) -> str:
     """In a word or two: DONE, or how it ended."""
-    events = _events(run)
-    end = newest_end(events)
     if run.is_done() or _runs_here(run):
         return state(run)
+    events = _events(run)
+    end = newest_end(events)
     if queue_is_known and _failed_at_once(run, events):
         return "failed before it began"
     if end is None or end["decision"] != "stop":
@@ -186,9 +176,9 @@ def _events(run: Run) -> list[Event]:
 
 def _last_words(run: Run, job: QueuedJob | None) -> list[str]:
     """Of a job that was started again after a fault: which; of a stage without a job: why its last one ended, and its newest log's end."""
-    events = _events(run)
     if run.is_done():
         return []
+    events = _events(run)
     if job is not None:
         fault = _fault_behind([e for e in events if e["job_id"] == job.job_id])
         return [f"{run.name}: requeue at {clock(fault)}: {fault['words']}"] if fault else []

@@ -30,7 +30,7 @@ from megatron_ext.launch.joints import joint_step, readable_manifest
 from megatron_ext.launch.ranks import NO_PERMISSIONS, Permissions
 from megatron_ext.launch.ready import check_ready, is_finished, make_ready
 from megatron_ext.launch.render import JOB, JOB_FOLDER, PARTS_SCRIPT, SCRIPT, Job, jobs_of, num_parts, scripts_of
-from megatron_ext.launch.slurm import QueuedJob, queued_jobs, queued_parts, submit
+from megatron_ext.launch.slurm import Queue, QueuedJob, ask_queue, submit
 from megatron_ext.runs import Run, atomic_write, brief, differences, open_run, read_json, write_json
 from megatron_ext.snapshot import code_hash, snapshot_path
 
@@ -66,25 +66,25 @@ def launch_cluster(
     folder = (runs_dir / graph.name).resolve()
     jobs_of(graph, folder, cluster, snapshot_path(runs_dir, code_hash()), Path.cwd())  # what no job can be made of is refused first
     wanted = descendants(graph, first) if first else {stage.name for stage in graph.stages}
-    queue = queued_jobs()  # where Slurm does not answer, nothing is written
-    check_queued(graph, runs_dir, queue)
-    late = late_points(graph, runs_dir, queue)
+    jobs = ask_queue().jobs  # where Slurm does not answer, nothing is written
+    check_queued(graph, runs_dir, jobs)
+    late = late_points(graph, runs_dir, jobs)
     check_ready(graph, runs_dir, cluster, permissions)
     if doctor:
         refuse_what_would_fail(graph, cluster, runs_dir, by_jobs=True)
     runs, snapshot = make_ready(graph, runs_dir, cluster)
     with _alone(folder):
         chosen = [run for run in runs if run.name in wanted]
-        queue, arrays = settled(chosen)
-        check_parents(chosen, queue)
+        queue = settled(chosen)
+        check_parents(chosen, queue.jobs)
         for run, job in zip(runs, jobs_of(graph, folder, cluster, snapshot, Path.cwd(), permissions.words), strict=True):
-            if run.path in queue:
+            if run.path in queue.jobs:
                 add_joints(run, job)
             elif run in chosen and not is_finished(run):
                 write_job(run, job)
         number = 0
         try:
-            for number, line in enumerate(submit_all(chosen, queue, arrays), start=1):
+            for number, line in enumerate(submit_all(chosen, queue), start=1):
                 print(f"[{number}/{len(chosen)}] {_words(line)}", flush=True)
         except LaunchError as problem:
             raise LaunchError(f"{problem}\n{number} of {len(chosen)} stages are done or queued; the same launch submits the rest") from None
@@ -93,18 +93,18 @@ def launch_cluster(
     print(f"megatron-ext status {brief(folder)}")
 
 
-def settled(runs: Sequence[Run]) -> tuple[dict[Path, QueuedJob], dict[Path, list[QueuedJob]]]:
-    """The queue, and its arrays, once no job of these runs is ending: it may be gone in a moment, or requeued.
+def settled(runs: Sequence[Run]) -> Queue:
+    """The queue, once no job of these runs is ending: it may be gone in a moment, or requeued.
 
     `LaunchError` where one takes longer than ENDING_SECONDS.
     """
     deadline = time.monotonic() + ENDING_SECONDS
     while True:
-        queue, arrays = queued_jobs(), queued_parts()
-        jobs = [job for run in runs for job in (queue.get(run.path), *arrays.get(run.path, ())) if job is not None]
+        queue = ask_queue()
+        jobs = [job for run in runs for job in (queue.jobs.get(run.path), *queue.parts.get(run.path, ())) if job is not None]
         ending = sorted({job.job_id for job in jobs if job.state == "COMPLETING"})
         if not ending:
-            return queue, arrays
+            return queue
         if time.monotonic() > deadline:
             raise LaunchError(
                 f"job {', '.join(map(str, ending))} is ending since more than {ENDING_SECONDS:.0f} s, so whether its stage must be "
@@ -122,7 +122,7 @@ def descendants(graph: Graph, first: str) -> set[str]:
     return found
 
 
-def check_queued(graph: Graph, runs_dir: Path, queue: dict[Path, QueuedJob]) -> None:
+def check_queued(graph: Graph, runs_dir: Path, queue: Mapping[Path, QueuedJob]) -> None:
     """`LaunchError` where a queued stage is asked for with another recipe or plan: its job would run what nobody submitted.
 
     Points that more stages start from may come; the stage's next attempt saves them.
@@ -176,7 +176,7 @@ def add_joints(run: Run, job: Job) -> None:
     write_json(path, {**written, "joints": to_json(job)["joints"]})
 
 
-def check_parents(runs: Sequence[Run], queue: dict[Path, QueuedJob]) -> None:
+def check_parents(runs: Sequence[Run], queue: Mapping[Path, QueuedJob]) -> None:
     """`LaunchError` where a stage reads one that is not done, not queued, and not about to be submitted."""
     coming = {run.path for run in runs} | set(queue)
     for run in runs:
@@ -198,20 +198,18 @@ def _is_ready(run: Run, role: str, parent: Run) -> bool:
     return is_finished(parent) or (step is not None and readable_manifest(parent, step) is not None)
 
 
-def submit_all(
-    runs: Sequence[Run], queue: Mapping[Path, QueuedJob], queued_arrays: Mapping[Path, Sequence[QueuedJob]]
-) -> Iterator[Submission]:
+def submit_all(runs: Sequence[Run], queue: Queue) -> Iterator[Submission]:
     """Submit, in the graph's order, what is neither finished nor queued; each job is noted before the next is submitted."""
-    ids = {path: job.job_id for path, job in queue.items()}
+    ids = {path: job.job_id for path, job in queue.jobs.items()}
     for run in runs:
-        if run.path in queue:
+        if run.path in queue.jobs:
             _note(run, ids[run.path])
             yield Submission(run, ids[run.path])
         elif is_finished(run):
             yield Submission(run, None)
         else:
             after = tuple(sorted({ids[path] for path in awaited(run)}))
-            arrays = sorted({job.job_id for job in queued_arrays.get(run.path, ())})  # left by a job of the stage's own that is gone
+            arrays = sorted({job.job_id for job in queue.parts.get(run.path, ())})  # left by a job of the stage's own that is gone
             if num_parts(run.stage) > 1 and not arrays:
                 arrays = [submit(run.path / JOB_FOLDER / PARTS_SCRIPT, after)]
             ids[run.path] = submit(run.path / JOB_FOLDER / SCRIPT, after, arrays)

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from megatron_ext.config.cluster import Container, Slurm
+from megatron_ext.errors import LaunchError
+from megatron_ext.launch.doctor import refuse_what_would_fail
 from megatron_ext.launch.doctor_cluster import cluster_findings
 from megatron_ext.launch.findings import Finding
+from megatron_ext.runs import mark_done, write_run
 from recipes import clusters, demo
 
 SMOKE = demo.smoke()
@@ -53,6 +56,17 @@ def test_an_image_that_is_not_there(tmp_path: Path) -> None:
     assert (found(tmp_path, slurm)["container"].level, str(image) in found(tmp_path, slurm)["container"].found) == ("error", True)
     image.touch()
     assert found(tmp_path, slurm)["container"].level == "ok"
+
+
+def test_a_graph_that_is_done_needs_no_image(tmp_path: Path) -> None:
+    slurm = replace(SLURM, container=Container(runtime="pyxis", image=str(tmp_path / "image.sqsh")))
+    cluster = replace(clusters.sandbox(), slurm=slurm)
+    with pytest.raises(LaunchError, match="no such file"):
+        refuse_what_would_fail(SMOKE, cluster, tmp_path, by_jobs=True)
+    for stage in SMOKE.stages:
+        parents = {role: tmp_path / SMOKE.name / parent for parent, child, role in SMOKE.edges() if child == stage.name}
+        mark_done(write_run(tmp_path / SMOKE.name / stage.name, SMOKE.name, stage, parents), {})
+    refuse_what_would_fail(SMOKE, cluster, tmp_path, by_jobs=True)
 
 
 def test_secrets_that_others_may_read_or_that_are_missing(tmp_path: Path) -> None:

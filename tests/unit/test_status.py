@@ -9,8 +9,8 @@ import pytest
 
 from megatron_ext.launch.job_events import Ledger, Start
 from megatron_ext.launch.logs import last_line
-from megatron_ext.launch.slurm import QueuedJob
-from megatron_ext.launch.status import Queue, status_command, status_text
+from megatron_ext.launch.slurm import Queue, QueuedJob
+from megatron_ext.launch.status import status_command, status_text
 from megatron_ext.runs import Run, mark_done, write_json
 from tests.unit.test_launch_failures import attempt_of, job_log, write_start
 from tests.unit.test_tree import line_of, write_all
